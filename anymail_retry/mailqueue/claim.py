@@ -1,0 +1,447 @@
+"""Taking due rows: a read, and one guarded UPDATE that says whose they are.
+
+A claim reads the due rows of one mailer, one priority after the other, and takes them with an UPDATE that repeats the
+conditions: whoever comes second wins nothing. ``due_at`` is all there is to it, for a row that waits (not before) as
+for one whose worker died (end of its lease), so recovering is claiming and needs no reaper.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db import transaction
+from django.db.models import Case, CharField, F, Q, Value, When
+from django.db.models.functions import Coalesce
+
+from ..delivery import Delivery, new_key
+from ..models import QueuedMessage
+from . import bodies
+from .clock import DatabaseClock
+from .database import may_skip_locked, own_transaction
+from .schedule import Policy, Row
+from .states import WAITING, Origin, Priority, State
+
+#: Seconds for which a scan starts where the last claim found its first row; then it starts at the beginning again,
+#: for rows that were committed late.
+FLOOR_AGE = 5.0
+
+#: Seconds after which the connection's isolation level is asked for again.
+ISOLATION_AGE = 60.0
+
+
+@dataclass(eq=False)
+class Job:
+    """One claimed row: what sending and settling it need to know."""
+
+    id: int
+    lease: int
+    mailer: str
+    priority: int
+    number: int
+    origin: str
+    #: Since when it may be sent.
+    waits_since: datetime
+    expires_at: datetime | None
+    on_ambiguous: str
+    delivery: Delivery
+    size: int
+    attachment_count: int
+    #: None: the row has no content.
+    payload: str | None
+    #: Until when the row is ours, by the steady clock. Moves on when the lease is renewed.
+    leased_until: float
+    #: Its last worker died, or lost it, and may have begun to send it.
+    recovered: bool = False
+    #: When that worker claimed it.
+    recovered_from: datetime | None = None
+    attachments: list[tuple[int, str | None, bytes]] = field(default_factory=list)
+    #: Not to be begun before this moment of the steady clock: its slot under a rate limit.
+    starts_at: float = 0.0
+    #: Its result decides about the mailer's pause that has this fence.
+    probe: datetime | None = None
+    #: To be begun at once: nothing but what was begun may be held as ambiguous.
+    at_once: bool = False
+    #: When sending it began, by the steady clock.
+    began_at: float | None = None
+    #: Its thread is done with it.
+    is_answered: bool = False
+
+    def lasts_too_long(self, now: float, send_max: float) -> bool:
+        """Whether it has been under way for longer than any send may be."""
+        return self.began_at is not None and not self.is_answered and now - self.began_at > send_max
+
+    @property
+    def row(self) -> Row:
+        return Row(self.number, self.waits_since, self.expires_at, self.on_ambiguous)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.payload is not None and len(self.attachments) == self.attachment_count
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [data for _, _, data in self.attachments]
+
+    @property
+    def private_bodies(self) -> list[int]:
+        return [body for body, digest, _ in self.attachments if digest is None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A due row, as it was read and not yet won."""
+
+    id: int
+    due_at: datetime
+    state: str
+    size: int
+    on_ambiguous: str
+    maybe_taken_since: datetime | None
+    key_used_since: datetime | None
+    claimed_at: datetime | None
+
+    def may_be_held(self, policy: Policy, now: datetime) -> bool:
+        """Whether its next ambiguous attempt would leave it to a person, so that it must be begun once claimed."""
+        delivery = Delivery("?", maybe_taken_since=self.maybe_taken_since, key_used_since=self.key_used_since)
+        if self.state == State.SENDING and self.claimed_at is not None:
+            delivery.remember(self.claimed_at)
+        return policy.holds(self.on_ambiguous, delivery, now)
+
+
+CANDIDATE = ("id", "due_at", "state", "size", "on_ambiguous", "maybe_taken_since", "key_used_since", "claimed_at")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How much a claim may take.
+
+    :param rows: at most so many.
+    :param size: and so many bytes, but always one row.
+    :param at_once: how many threads would begin at once; bounds the rows that may be held.
+    :param without: ids not to take.
+    """
+
+    rows: int
+    size: int
+    at_once: int
+    without: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class _Won:
+    """What is needed to load the rows of a claim, of which some were won."""
+
+    mailer: str
+    candidates: dict[int, Candidate]
+    lease: int
+    moment: float
+    policy: Policy
+
+
+@dataclass
+class Claim:
+    """What a claim came to."""
+
+    jobs: list[Job]
+    #: Rows were due, whether or not any was won: ask again.
+    found: int
+    #: Rows were left because nobody would begin them at once.
+    left: int = 0
+
+
+class Claimer:
+    """Claims rows for one worker.
+
+    :param lease: seconds for which a claimed row is ours.
+    """
+
+    def __init__(self, alias: str, clock: DatabaseClock, *, lease: float) -> None:
+        self.alias = alias
+        self.clock = clock
+        self.lease = lease
+        self._floors: dict[tuple[str, int], datetime] = {}
+        self._floors_since = clock.steady()
+        self._skip_locked = False
+        self._isolation_read_at: float | None = None
+        self._unfinished: _Won | None = None
+
+    @property
+    def rows(self) -> Any:
+        return QueuedMessage.objects.using(self.alias)
+
+    def mailers(self) -> list[str]:
+        """The names of all mailers that have rows: one short index look-up for each."""
+        names: list[str] = []
+        while True:
+            following = self.rows.filter(mailer__gt=names[-1]) if names else self.rows
+            name = following.order_by("mailer").values_list("mailer", flat=True).first()
+            if name is None:
+                return names
+            names.append(name)
+
+    def claim(self, mailer: str, wanted: Wanted, policy: Policy, *, admit: Callable[[int], int] | None = None) -> Claim:
+        """Take due rows of one mailer, of high priority first.
+
+        :param admit: called in the claim's transaction with the number of rows that were found; says how many of
+            them may be taken. What it wrote is undone if none is won.
+        """
+        if self._may_skip_locked():
+            with own_transaction(self.alias):
+                candidates, left = self._choose(mailer, wanted, policy, lock=True)
+                won = self._take(mailer, candidates, policy, admit)
+        else:
+            candidates, left = self._choose(mailer, wanted, policy, lock=False)
+            with own_transaction(self.alias) if candidates else nullcontext():
+                won = self._take(mailer, candidates, policy, admit)
+        if not won:
+            self._unfinished = None
+        _, jobs = self.finish()
+        return Claim(jobs, found=len(candidates) + left, left=left)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """A claim was interrupted after it may have won rows: the connection broke."""
+        return self._unfinished is not None
+
+    def finish(self) -> tuple[str, list[Job]]:
+        """Load the rows that a claim won, with their content. The mailer's name, and the jobs."""
+        if self._unfinished is None:
+            return "", []
+        won = self._unfinished
+        jobs = self._load(won)
+        self._renew_keys(jobs, won.policy, self.clock.at(won.moment))
+        self._unfinished = None
+        return won.mailer, jobs
+
+    def _choose(self, mailer: str, wanted: Wanted, policy: Policy, *, lock: bool) -> tuple[list[Candidate], int]:
+        """The due rows to take, and how many were left because nobody would begin them at once."""
+        now = self.clock.now()
+        chosen: list[Candidate] = []
+        left = 0
+        size = 0
+        for priority in Priority.values:
+            for candidate in self._read(mailer, priority, now, wanted.rows - len(chosen), wanted.without, lock):
+                if candidate.id in wanted.without:
+                    continue
+                if chosen and size + candidate.size > wanted.size:
+                    return chosen, left
+                if candidate.may_be_held(policy, now) and len(chosen) >= wanted.at_once:
+                    left += 1
+                    continue
+                chosen.append(candidate)
+                size += candidate.size
+            if len(chosen) >= wanted.rows:
+                break
+        return chosen, left
+
+    def _read(
+        self, mailer: str, priority: int, now: datetime, rows: int, without: Collection[int], lock: bool
+    ) -> list[Candidate]:
+        due = self.due(mailer, priority, now)
+        if lock:
+            due = due.select_for_update(skip_locked=True)
+        candidates = [Candidate(*values) for values in due[: rows + len(without)]]
+        if candidates:
+            self._floors[mailer, priority] = candidates[0].due_at
+        return candidates
+
+    def due(self, mailer: str, priority: int, now: datetime) -> Any:
+        """The query that every claim begins with."""
+        due = self.rows.filter(mailer=mailer, priority=priority, due_at__lte=now)
+        floor = self._floor(mailer, priority)
+        if floor is not None:
+            due = due.filter(due_at__gte=floor)
+        # By due_at alone: with a second column a database would sort all rows of one bulk send.
+        return due.order_by("due_at").values_list(*CANDIDATE)
+
+    def _floor(self, mailer: str, priority: int) -> datetime | None:
+        """Where to begin the scan: dead index entries before it (a snapshot held open elsewhere keeps them) cost
+        nothing then."""
+        if self.clock.steady() - self._floors_since >= FLOOR_AGE:
+            self.forget_floors()
+        return self._floors.get((mailer, priority))
+
+    def forget_floors(self) -> None:
+        self._floors.clear()
+        self._floors_since = self.clock.steady()
+
+    def _take(
+        self, mailer: str, candidates: Sequence[Candidate], policy: Policy, admit: Callable[[int], int] | None
+    ) -> int:
+        """Make them ours, as far as nobody else was faster; how many that were."""
+        if not candidates:
+            return 0
+        if admit is not None:
+            candidates = candidates[: admit(len(candidates))]
+        waiting = [candidate.id for candidate in candidates if candidate.state != State.SENDING]
+        lapsed = [candidate.id for candidate in candidates if candidate.state == State.SENDING]
+        lease = random.getrandbits(62) + 1  # tells claims apart, guards nothing secret
+        moment = self.clock.steady()
+        now = self.clock.at(moment)
+        ours = {
+            "state": State.SENDING,
+            "lease": lease,
+            "claimed_at": now,
+            "due_at": now + timedelta(seconds=self.lease),
+            "attempt_count": F("attempt_count") + 1,
+        }
+        self._unfinished = _Won(mailer, {candidate.id: candidate for candidate in candidates}, lease, moment, policy)
+        won = 0
+        if waiting:
+            due = self.rows.filter(id__in=waiting, due_at__lte=now, state__in=WAITING)
+            won += due.update(**ours)
+        if lapsed:
+            due = self.rows.filter(id__in=lapsed, due_at__lte=now, state=State.SENDING)
+            # Before claimed_at, because MySQL assigns from left to right.
+            taken = {name: Coalesce(name, "claimed_at") for name in ("maybe_taken_since", "key_used_since")}
+            won += due.update(**taken, **ours)
+        if not won:
+            transaction.set_rollback(True, using=self.alias)  # nothing was written, save by admit()
+        return won
+
+    def _load(self, won: _Won) -> list[Job]:
+        """The rows that were won, with their content; also tells which of the candidates they are."""
+        loaded = self.rows.filter(id__in=list(won.candidates), lease=won.lease).values_list(
+            "id",
+            "priority",
+            "attempt_count",
+            "origin",
+            "created_at",
+            "not_before",
+            "expires_at",
+            "on_ambiguous",
+            "key",
+            "key_from_user",
+            "maybe_taken_since",
+            "key_used_since",
+            "body_digest",
+            "size",
+            "attachment_count",
+            "content__payload",
+        )
+        jobs: dict[int, Job] = {}
+        for (
+            id_,
+            priority,
+            number,
+            origin,
+            created,
+            not_before,
+            expires,
+            hold,
+            key,
+            users,
+            taken,
+            used,
+            digest,
+            size,
+            count,
+            payload,
+        ) in loaded.iterator():
+            was = won.candidates[id_]
+            recovered = was.state == State.SENDING and taken is not None
+            jobs[id_] = Job(
+                id=id_,
+                lease=won.lease,
+                mailer=won.mailer,
+                priority=priority,
+                number=number,
+                origin=origin,
+                waits_since=max(created, not_before or created),
+                expires_at=expires,
+                on_ambiguous=hold,
+                delivery=Delivery(
+                    key=key,
+                    key_from_user=users,
+                    maybe_taken_since=taken,
+                    key_used_since=used,
+                    body_digest=digest,
+                    pre_send_done=origin == Origin.FALLBACK,
+                ),
+                size=size,
+                attachment_count=count,
+                payload=payload,
+                leased_until=won.moment + self.lease,
+                recovered=recovered,
+                recovered_from=was.claimed_at if recovered else None,
+            )
+        with_attachments = [job.id for job in jobs.values() if job.attachment_count]
+        if with_attachments:
+            for id_, attachments in bodies.load(self.alias, with_attachments).items():
+                jobs[id_].attachments = attachments
+        return [jobs[id_] for id_ in won.candidates if id_ in jobs]
+
+    def _renew_keys(self, jobs: Iterable[Job], policy: Policy, now: datetime) -> None:
+        """Give a new key to those whose key no longer protects them, and store it before it is used."""
+        renewed = [job for job in jobs if self._needs_key(job, policy, now)]
+        if not renewed:
+            return
+        for job in renewed:
+            job.delivery.key = new_key()
+            job.delivery.key_used_since = None
+            job.delivery.body_digest = None
+        with own_transaction(self.alias):
+            self.rows.filter(id__in=[job.id for job in renewed], lease=renewed[0].lease).update(
+                key=Case(
+                    *[When(id=job.id, then=Value(job.delivery.key)) for job in renewed],
+                    default=F("key"),
+                    output_field=CharField(),
+                ),
+                key_used_since=None,
+                body_digest=None,
+            )
+
+    def _needs_key(self, job: Job, policy: Policy, now: datetime) -> bool:
+        if not job.delivery.key:
+            return True
+        if policy.key_window is None or job.delivery.key_from_user:
+            return False
+        return not job.delivery.key_is_live(policy.key_window, now) and not policy.holds(
+            job.on_ambiguous, job.delivery, now
+        )
+
+    def renew(self, jobs: Collection[Job]) -> list[Job]:
+        """Move the end of the leases on. The jobs that were lost to another worker meanwhile."""
+        moment = self.clock.steady()
+        ours = Q(id__in=[job.id for job in jobs], lease__in={job.lease for job in jobs}, state=State.SENDING)
+        with own_transaction(self.alias):
+            renewed = self.rows.filter(ours).update(due_at=self.clock.at(moment) + timedelta(seconds=self.lease))
+        lost: list[Job] = []
+        if renewed < len(jobs):
+            kept = set(self.rows.filter(ours).values_list("id", "lease"))
+            lost = [job for job in jobs if (job.id, job.lease) not in kept]
+        for job in {*jobs}.difference(lost):
+            job.leased_until = moment + self.lease
+        return lost
+
+    def give_back(self, jobs: Collection[Job]) -> None:
+        """Return rows that were not begun, in one UPDATE, as if they had never been claimed."""
+        if not jobs:
+            return
+        now = self.clock.now()
+        with own_transaction(self.alias):
+            self.rows.filter(
+                id__in=[job.id for job in jobs], lease__in={job.lease for job in jobs}, state=State.SENDING
+            ).update(
+                # Before attempt_count, because MySQL assigns from left to right.
+                state=Case(
+                    When(attempt_count__lte=1, then=Value(State.QUEUED)),
+                    default=Value(State.DEFERRED),
+                    output_field=CharField(),
+                ),
+                attempt_count=F("attempt_count") - 1,
+                lease=None,
+                due_at=now,
+            )
+
+    def _may_skip_locked(self) -> bool:
+        moment = self.clock.steady()
+        if self._isolation_read_at is None or moment - self._isolation_read_at >= ISOLATION_AGE:
+            self._skip_locked = may_skip_locked(self.alias)
+            self._isolation_read_at = moment
+        return self._skip_locked

@@ -1,0 +1,327 @@
+"""Rows in: storing messages, in the caller's transaction and without ever harming it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from django.db import connections, transaction
+from django.utils import timezone
+
+from .. import signals
+from ..delivery import SECRETS, Delivery
+from ..exceptions import InvalidIdempotencyKey, MessageNotQueueable
+from ..log import get_logger
+from ..models import MessageContent, QueuedMessage
+from ..verdict import Outcome
+from . import bodies, mailers, schedule
+from .clock import MARGIN, clock_of
+from .database import chunks, queue_database, storable
+from .encryption import SUBJECT, Cipher, cipher, stored_size
+from .inserts import insert, insert_by_columns
+from .schedule import Policy
+from .serialization import Packed, pack
+from .states import OnAmbiguous, Origin, Priority, State
+from .wakeup import wake
+
+if TYPE_CHECKING:
+    from django.core.mail import EmailMessage
+
+    from ..idempotency import IdempotencyKey
+
+logger = get_logger("queue")
+
+#: Rows and bytes in one INSERT.
+INSERT_ROWS = 1000
+INSERT_BYTES = bodies.INSERT_BYTES
+
+#: Characters of an idempotency key: the column's.
+LONGEST_KEY = 256
+
+
+def enqueue(
+    messages: Sequence[EmailMessage],
+    *,
+    mailer: str,
+    origin: Literal["fallback", "queued"],
+    delivery: Delivery | None = None,
+    outcome: Outcome | None = None,
+    priority: int | str | None = None,
+    not_before: datetime | timedelta | None = None,
+    expires_at: datetime | timedelta | None = None,
+    on_ambiguous: str | None = None,
+    created_at: datetime | None = None,
+    using: str | None = None,
+    close_connection: bool = False,
+) -> list[QueuedMessage]:
+    """Store messages for a worker to send; all of them, or none and an exception.
+
+    The rows are written in a savepoint of the caller's transaction (or a transaction of their own), so a failure here
+    leaves the caller's own work alone. One message is two INSERTs, many in one call are as few as the database takes.
+
+    :param mailer: ``MAILERS`` alias, or dotted path of a back end.
+    :param origin: ``fallback``: a send that failed, the message is as ``pre_send`` left it. ``queued``: not sent yet.
+    :param delivery: of the send that failed; with ``outcome``, and for one message.
+    :param priority: ``high``, ``medium`` or ``low``, or 1 to 3. This and the next three are only for messages that do
+        not have an attribute of that name.
+    :param not_before: aware datetime, or timedelta from now.
+    :param expires_at: aware datetime, or timedelta from now; not sent after that.
+    :param on_ambiguous: ``resend`` or ``hold``; default: as the mailer says.
+    :param created_at: since when the messages wait, if not from now on: of mail that another queue kept until now.
+    :param using: another alias of the queue's database, for a transaction that was begun there.
+    :param close_connection: close the database connection again if this call opened it, outside a transaction: an
+        outage of the ESP must not become one of the database.
+    :raises MessageNotQueueable: a message cannot be kept exactly.
+    :raises InvalidIdempotencyKey: the user's own is not one that the ESP would take.
+    :raises ValueError: one of the options means nothing.
+    :raises ImproperlyConfigured: of the keys that should encrypt it, one is none.
+    """
+    alias = using or queue_database()
+    connection = connections[alias]
+    opens_it = connection.connection is None
+    inside = connection.in_atomic_block
+    try:
+        found = _find_mailer(mailer)
+        options = Options(priority, not_before, expires_at, on_ambiguous)
+        for message in messages:
+            _check_secrets(message)
+            if delivery is None:
+                _check_key(options.of(message).idempotency_key, found)
+        packed = [pack(message, fix_message_id=found is not None and found.sends_mime) for message in messages]
+        encrypting = cipher()
+        if encrypting is not None:
+            packed = [replace(one, payload=encrypting.encrypt_text(one.payload)) for one in packed]
+        for one in packed:
+            bodies.check_size(alias, "body", one.payload)
+        now = clock_of(alias).now()
+        policy = None if outcome is None else found.policy if found else Policy.from_settings()
+        rows = [
+            options.of(message).row(message, one, mailer, origin, delivery, outcome, policy, now, encrypting)
+            for message, one in zip(messages, packed, strict=True)
+        ]
+        since = _moment("created_at", created_at, now)
+        for row in rows:
+            row.created_at = min(since or now, now)
+        with transaction.atomic(using=alias):
+            _insert(alias, rows, packed, now, encrypting)
+            if any(row.due_at is not None and row.due_at <= now for row in rows):
+                wake(alias, mailer)
+            transaction.on_commit(partial(_announce, rows, outcome), using=alias, robust=True)
+    finally:
+        if close_connection and opens_it and not connection.in_atomic_block and connection.get_autocommit():
+            connection.close()
+    for row in rows:
+        _log(row, outcome, inside=inside)
+    return rows
+
+
+def _check_secrets(message: EmailMessage) -> None:
+    """Anymail takes some accounts' keys per message (Postmark: ``esp_extra["server_token"]``)."""
+    extra = getattr(message, "esp_extra", None)
+    for name in SECRETS:
+        if isinstance(extra, Mapping) and name in extra:
+            raise MessageNotQueueable(
+                f"esp_extra[{name!r}]",
+                "secrets are not stored. Give that account an alias in MAILERS, or a subclass of the back end",
+            )
+
+
+def _check_key(key: object, mailer: mailers.Mailer | None) -> None:
+    """See to the user's own idempotency key while the user is there to hear of it.
+
+    :raises anymail_retry.exceptions.InvalidIdempotencyKey: the ESP would not take it, or no column.
+    """
+    if key is None:
+        return
+    spec: IdempotencyKey | None = getattr(mailer.backend_class, "idempotency", None) if mailer is not None else None
+    if spec is not None:
+        spec.check(str(key))
+    elif not 0 < len(str(key)) <= LONGEST_KEY:
+        raise InvalidIdempotencyKey(f"idempotency_key should have 1 to {LONGEST_KEY} characters")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be said of one message, by an attribute of its own or for a whole call."""
+
+    priority: int | str | None = None
+    not_before: datetime | timedelta | None = None
+    expires_at: datetime | timedelta | None = None
+    on_ambiguous: str | None = None
+    idempotency_key: str | None = None
+
+    def of(self, message: EmailMessage) -> Options:
+        own = {name: getattr(message, name, None) for name in self.__dataclass_fields__}
+        return Options(**{name: getattr(self, name) if value is None else value for name, value in own.items()})
+
+    def row(
+        self,
+        message: EmailMessage,
+        packed: Packed,
+        mailer: str,
+        origin: str,
+        delivery: Delivery | None,
+        outcome: Outcome | None,
+        policy: Policy | None,
+        now: datetime,
+        encrypting: Cipher | None,
+    ) -> QueuedMessage:
+        if delivery is None:
+            delivery = Delivery()
+            if self.idempotency_key is not None:
+                delivery.key, delivery.key_from_user = str(self.idempotency_key), True  # a UUID is as good
+        not_before = _moment("not_before", self.not_before, now)
+        expires_at = _moment("expires_at", self.expires_at, now)
+        row = QueuedMessage(
+            mailer=mailer,
+            priority=_priority(self.priority),
+            origin=Origin(origin),
+            created_at=now,
+            not_before=not_before,
+            expires_at=expires_at,
+            on_ambiguous="" if self.on_ambiguous is None else OnAmbiguous(self.on_ambiguous),
+            size=stored_size(packed.payload, packed.bodies, encrypting),
+            attachment_count=len(packed.bodies),
+            key=delivery.key,
+            key_from_user=delivery.key_from_user,
+            maybe_taken_since=delivery.maybe_taken_since,
+            key_used_since=delivery.key_used_since,
+            body_digest=_body_digest(delivery, encrypting),
+            subject=_summary(str(message.subject)) if encrypting is None else SUBJECT,
+            recipients=_summary(", ".join(map(str, message.recipients()))),
+        )
+        start = not_before if not_before is not None and not_before > now else now - MARGIN
+        if outcome is None or policy is None:
+            row.state, row.due_at = State.QUEUED, schedule.due_at(start, expires_at)
+            return row
+        row.attempt_count = 1  # the send that failed
+        row.verdict = str(outcome.verdict or "")
+        row.http_status = outcome.http_status
+        row.answer = storable(outcome.answer, 500)
+        facts = schedule.Row(row.attempt_count, now, expires_at, row.on_ambiguous)
+        fate = schedule.fate(outcome, delivery, facts, policy, now)
+        if fate.state not in (State.DEFERRED, State.HELD):
+            raise MessageNotQueueable("message", f"a worker would not send it: {fate.reason}")
+        row.state, row.reason, row.due_at = fate.state, storable(fate.reason, 200), fate.due_at
+        if row.due_at is not None and row.due_at < start:
+            row.due_at = schedule.due_at(start, expires_at)
+        return row
+
+
+def _find_mailer(name: str) -> mailers.Mailer | None:
+    try:
+        return mailers.find(name)
+    except mailers.MailerGone:
+        return None  # the worker will say so, once it is its turn
+
+
+def _priority(value: int | str | None) -> Priority:
+    if value is None:
+        return Priority.MEDIUM
+    try:
+        return Priority[value.upper()] if isinstance(value, str) else Priority(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"priority is {value!r}, and should be 'high', 'medium' or 'low', or 1 to 3") from None
+
+
+def _moment(name: str, value: datetime | timedelta | None, now: datetime) -> datetime | None:
+    if value is None:
+        return None
+    if isinstance(value, timedelta):
+        return now + value
+    if not isinstance(value, datetime):
+        raise ValueError(f"{name} is {value!r}, and should be an aware datetime or a timedelta")
+    return timezone.make_aware(value) if timezone.is_naive(value) else value
+
+
+def _summary(words: str) -> str:
+    words = " ".join(storable(words, 1000).split())
+    return words if len(words) <= 200 else f"{words[:199]}…"
+
+
+def _body_digest(delivery: Delivery, encrypting: Cipher | None) -> str | None:
+    """The plain digest of a direct send's request, as a row may hold it."""
+    if delivery.body_digest is None or encrypting is None:
+        return delivery.body_digest
+    return encrypting.request_digests(delivery.body_digest)[0]
+
+
+def _insert(
+    alias: str, rows: Sequence[QueuedMessage], packed: Sequence[Packed], now: datetime, encrypting: Cipher | None
+) -> None:
+    if len(rows) == 1:
+        insert(alias, rows[0], packed[0].payload)
+    else:
+        _insert_many(alias, rows)
+        contents = [MessageContent(message=row, payload=one.payload) for row, one in zip(rows, packed, strict=True)]
+        sizes = [len(content.payload) for content in contents]
+        for chunk in chunks(contents, sizes, limit=INSERT_BYTES, count=INSERT_ROWS):
+            MessageContent.objects.using(alias).bulk_create(chunk)
+    attachments = [(row.pk, one.bodies) for row, one in zip(rows, packed, strict=True) if one.bodies]
+    if attachments:
+        bodies.store(alias, attachments, now, encrypting)
+
+
+def _insert_many(alias: str, rows: Sequence[QueuedMessage]) -> None:
+    manager = QueuedMessage.objects.using(alias)
+    returning = connections[alias].features.can_return_rows_from_bulk_insert
+    for chunk in chunks(rows, [_width(row) for row in rows], limit=INSERT_BYTES, count=INSERT_ROWS):
+        if connections[alias].vendor == "postgresql":
+            insert_by_columns(alias, chunk)
+            continue
+        if returning:
+            manager.bulk_create(chunk)
+            continue
+        # MySQL does not say which ids it gave. They are found again by what the lease's column holds until the first
+        # claim, among the rows that are no older than the first of them.
+        marks = {random.getrandbits(62): row for row in chunk}  # a mark, not a secret
+        for mark, row in marks.items():
+            row.lease = mark
+        manager.bulk_create(chunk)
+        with connections[alias].cursor() as cursor:
+            cursor.execute("SELECT LAST_INSERT_ID()")
+            first = cursor.fetchone()[0]
+        for pk, lease in manager.filter(pk__gte=first, lease__in=marks).values_list("pk", "lease"):
+            assert lease is not None
+            marks[lease].pk = pk
+
+
+def _width(row: QueuedMessage) -> int:
+    return 1000 + 4 * (len(row.subject) + len(row.recipients) + len(row.answer))
+
+
+_announcing: ContextVar[bool] = ContextVar("anymail_retry_announcing", default=False)
+
+
+def _announce(rows: Sequence[QueuedMessage], outcome: Outcome | None) -> None:
+    """Signal that messages were stored; but not those that come from a receiver, or there would be no end.
+
+    Where a receiver raises, Django logs that. A site may have it mailed, the mail may be queued, and the same receiver
+    be called for it.
+    """
+    if _announcing.get():
+        return
+    token = _announcing.set(True)
+    try:
+        for row in rows:
+            signals.message_queued.send_robust(QueuedMessage, queued_message=row)
+            if row.state == State.HELD:
+                signals.message_held.send_robust(QueuedMessage, queued_message=row, outcome=outcome)
+    finally:
+        _announcing.reset(token)
+
+
+def _log(row: QueuedMessage, outcome: Outcome | None, *, inside: bool) -> None:
+    details: tuple[Any, ...] = (row.mailer, row.pk, row.verdict, row.reason, row.http_status)
+    where = ", inside a transaction: kept only if that is committed" if inside else ""
+    if outcome is None:
+        logger.info("%s: message %s queued%s", row.mailer, row.pk, where)
+    elif row.state == State.HELD:
+        logger.warning("%s: message %s held after a failed send: %s (%s, %s)%s", *details, where)
+    else:
+        logger.warning("%s: message %s queued after a failed send: %s (%s, %s)%s", *details, where)

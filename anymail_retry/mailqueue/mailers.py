@@ -1,0 +1,115 @@
+"""From the name of a mailer, which is all that a row keeps, back to a back end that sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import django
+from anymail.backends.base import AnymailBaseBackend
+from django.conf import settings
+from django.core.mail.backends import smtp
+from django.core.mail.backends.base import BaseEmailBackend
+from django.utils.module_loading import import_string
+
+from .. import conf
+from .schedule import Policy
+
+#: Django's own, for an entry of MAILERS without BACKEND.
+DEFAULT_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
+
+
+class MailerGone(LookupError):
+    """No mailer has this name any more. The text says what to add."""
+
+
+@dataclass(frozen=True)
+class Mailer:
+    """One mailer, as the settings describe it now.
+
+    :param options: of its entry in ``MAILERS``; empty elsewhere.
+    :param alias: its alias in ``MAILERS``; None: the name is the dotted path of the back end.
+    """
+
+    name: str
+    backend_class: type[BaseEmailBackend]
+    options: Mapping[str, Any]
+    alias: str | None
+
+    @property
+    def key_window(self) -> float | None:
+        """Seconds for which the ESP remembers an idempotency key; None: it takes none."""
+        spec = getattr(self.backend_class, "idempotency", None)
+        return None if spec is None else float(spec.window)
+
+    @property
+    def policy(self) -> Policy:
+        return Policy.from_settings(esp_name=self._esp_name, options=self.options, key_window=self.key_window)
+
+    @property
+    def rate(self) -> float | None:
+        """Sends that may begin per second, over all workers; None: no limit."""
+        rate: float | None = conf.get("QUEUE_RATE", esp_name=self._esp_name, options=self.options)
+        return rate
+
+    @property
+    def sends_mime(self) -> bool:
+        """Whether the back end sends the message as MIME, with its own Message-ID."""
+        sends_mime: bool = getattr(
+            self.backend_class, "sends_mime", not issubclass(self.backend_class, AnymailBaseBackend)
+        )
+        return sends_mime
+
+    def make(self) -> BaseEmailBackend:
+        """A new back end, whose failed sends are left to the worker. Raises whatever its constructor raises."""
+        backend: Any
+        if self.alias is None:
+            backend = make(self.backend_class, {})
+        else:
+            from django.core.mail import mailers
+
+            backend = mailers[self.alias]
+        if hasattr(backend, "fallback"):
+            backend.fallback = None  # a drain must never make a row
+        backend.fail_silently = False  # nor must it fail unseen
+        return backend  # type: ignore[no-any-return]  # Any, because not every back end has the attribute
+
+    @property
+    def _esp_name(self) -> str | None:
+        return getattr(self.backend_class, "esp_name", None)
+
+
+def make(backend_class: type[BaseEmailBackend], options: Mapping[str, Any]) -> BaseEmailBackend:
+    """A back end that is not made by Django, with these options."""
+    init: Any = backend_class.__init__
+    if django.VERSION >= (6, 1) and init is smtp.EmailBackend.__init__:
+        # Django makes it without an alias where there is no MAILERS, and warns whoever else does.
+        options = {"alias": None, **options}
+    return backend_class(**options)
+
+
+def find(name: str) -> Mailer:
+    """The mailer of this name.
+
+    :raises MailerGone: there is none.
+    """
+    mailers: Mapping[str, Any] | None = getattr(settings, "MAILERS", None) if django.VERSION >= (6, 1) else None
+    if mailers is not None and name in mailers:
+        entry = mailers[name]
+        path = entry.get("BACKEND", DEFAULT_BACKEND)
+        alias, options = name, entry.get("OPTIONS", {})
+    elif "." in name:
+        path, alias, options = name, None, {}
+    else:
+        where = "MAILERS" if mailers is not None else "MAILERS, which these settings do not have"
+        raise MailerGone(f"mailer {name!r} is gone: add it to {where}, then release its mail")
+    try:
+        backend_class = import_string(path)
+    except ImportError as error:
+        raise MailerGone(f"mailer {name!r} is gone ({error}): bring {path} back, then release its mail") from error
+    behind = getattr(backend_class, "behind", None)
+    if behind is not None:
+        # It was a mailer of its own when the row was written; now it stands before another and would only store.
+        return find(behind(alias, options.get("using")))
+    return Mailer(name, backend_class, options, alias)

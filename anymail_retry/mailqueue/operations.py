@@ -1,0 +1,182 @@
+"""What a person may do with rows: always a compare-and-set on the state, so a row that is being sent is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from django.db import transaction
+from django.db.models import Case, CharField, F, QuerySet, Value, When
+
+from ..delivery import new_key
+from ..models import MailerState, MessageContent, QueuedMessage
+from . import bodies, gate
+from .clock import MARGIN, clock_of
+from .database import queue_database
+from .encryption import SUBJECT, CannotDecrypt, cipher, decrypted, stored_size
+from .fields import UTCDateTimeField
+from .states import TERMINAL, WAITING, State
+from .wakeup import wake
+
+#: A pause that only a person ends.
+FOR_EVER = datetime(9999, 1, 1, tzinfo=timezone.utc)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How many rows were changed, and how many of those meant were being sent and therefore left alone."""
+
+    changed: int
+    being_sent: int
+
+
+def retry_now(rows: QuerySet[QueuedMessage], states: Collection[State] = (State.DEFERRED,)) -> Change:
+    """Make messages due now.
+
+    A message that failed or was held begins anew: under a new idempotency key (save one of the user's own), and
+    without an expiry that has passed. Whoever does this to one that may have been taken sends it a second time.
+
+    :param states: of ``queued``, ``deferred``, ``held`` and ``failed``, those to touch.
+    """
+    if not set(states) <= {*WAITING, State.HELD, State.FAILED}:
+        raise ValueError("a message that was sent or cancelled is sent again as a new one: see send_again()")
+    now = _now()
+    due_at = now - MARGIN
+    changed = 0
+    with transaction.atomic(using=queue_database()):
+        waiting = [state for state in states if state in WAITING]
+        if waiting:
+            changed += _mine(rows).filter(state__in=waiting).update(due_at=due_at, not_before=None)
+        ended = [state for state in states if state not in WAITING]
+        if ended:
+            changed += _mine(rows).filter(state__in=ended).update(due_at=due_at, not_before=None, **_anew(now))
+        if changed:
+            wake(queue_database())
+    return Change(changed, _being_sent(rows))
+
+
+def hold(rows: QuerySet[QueuedMessage], reason: str = "held by an operator") -> Change:
+    """Keep messages that wait from being sent, until they are released."""
+    changed = _mine(rows).filter(state__in=WAITING).update(state=State.HELD, due_at=None, reason=reason[:200])
+    return Change(changed, _being_sent(rows))
+
+
+def release(rows: QuerySet[QueuedMessage]) -> Change:
+    """Let held messages go, each at its own time. They begin anew, as in :func:`retry_now`."""
+    now = _now()
+    due_at = Case(
+        When(not_before__gt=now, then=F("not_before")),
+        default=Value(now - MARGIN, output_field=UTCDateTimeField()),
+        output_field=UTCDateTimeField(),
+    )
+    with transaction.atomic(using=queue_database()):
+        changed = _mine(rows).filter(state=State.HELD).update(due_at=due_at, **_anew(now))
+        if changed:
+            wake(queue_database())
+    return Change(changed, _being_sent(rows))
+
+
+def cancel(rows: QuerySet[QueuedMessage], reason: str = "cancelled by an operator") -> Change:
+    """Give up messages that wait, are held or failed."""
+    changed = (
+        _mine(rows)
+        .filter(state__in=(*WAITING, State.HELD, State.FAILED))
+        .update(state=State.CANCELLED, due_at=None, ended_at=_now(), reason=reason[:200])
+    )
+    return Change(changed, _being_sent(rows))
+
+
+def send_again(row: QueuedMessage) -> QueuedMessage:
+    """Queue a copy of a message whose life has ended, as a new message.
+
+    :raises ValueError: it has not ended, or its content is not kept, or cannot be decrypted.
+    """
+    alias = queue_database()
+    now = _now()
+    with transaction.atomic(using=alias):
+        # Locked, so that nobody encrypts its content anew between the two queries that read it.
+        old = QueuedMessage.objects.using(alias).select_for_update().get(pk=row.pk)
+        if old.state not in TERMINAL:
+            raise ValueError(f"message {old.pk} is {old.state}: it is not sent again while it may still be sent")
+        content = MessageContent.objects.using(alias).filter(message=old).first()
+        attachments = bodies.load(alias, [old.pk]).get(old.pk, [])
+        if content is None or len(attachments) != old.attachment_count:
+            raise ValueError(
+                f"the content of message {old.pk} is not kept any more"
+                " (EMAIL_QUEUE_KEEP_CONTENT = True keeps that of sent messages)"
+            )
+        now_under = cipher()
+        try:
+            payload, plain = decrypted(now_under, content.payload, [data for _, _, data in attachments])
+        except CannotDecrypt as error:
+            raise ValueError(f"the content of message {old.pk} cannot be decrypted: {error}") from None
+        if now_under is not None:
+            payload = now_under.encrypt_text(payload)
+        new = QueuedMessage(
+            mailer=old.mailer,
+            priority=old.priority,
+            state=State.QUEUED,
+            due_at=now - MARGIN,
+            size=stored_size(payload, plain, now_under),
+            attachment_count=old.attachment_count,
+            origin=old.origin,
+            created_at=now,
+            on_ambiguous=old.on_ambiguous,
+            key=new_key(),
+            subject=old.subject if now_under is None else SUBJECT,
+            recipients=old.recipients,
+        )
+        new.save(using=alias, force_insert=True)
+        MessageContent(message=new, payload=payload).save(using=alias, force_insert=True)
+        bodies.store(alias, [(new.pk, plain)], now, now_under)
+        wake(alias, new.mailer)
+    return new
+
+
+def pause(mailer: str, reason: str = "paused by an operator") -> None:
+    """Keep a mailer's mail back, on every host, until :func:`resume`."""
+    alias = queue_database()
+    gate.ensure(alias, mailer)
+    MailerState.objects.using(alias).filter(alias=mailer).update(
+        paused_until=FOR_EVER, pause_reason=reason[:200], pause_seconds=0, paused_by=None
+    )
+
+
+def resume(mailer: str) -> bool:
+    """End a mailer's pause, whoever began it. False: it was not paused."""
+    alias = queue_database()
+    paused = MailerState.objects.using(alias).filter(alias=mailer, paused_until__isnull=False)
+    with transaction.atomic(using=alias):
+        resumed = bool(paused.update(paused_until=None, pause_reason="", pause_seconds=0, paused_by=None))
+        if resumed:
+            wake(alias)
+    return resumed
+
+
+def _mine(rows: QuerySet[QueuedMessage]) -> QuerySet[QueuedMessage]:
+    return rows.using(queue_database())
+
+
+def _now() -> datetime:
+    return clock_of(queue_database()).now()
+
+
+def _being_sent(rows: QuerySet[QueuedMessage]) -> int:
+    return _mine(rows).filter(state=State.SENDING).count()
+
+
+def _anew(now: datetime) -> dict[str, Any]:
+    """What a row forgets when a person has it sent again."""
+    return {
+        "state": State.DEFERRED,
+        "ended_at": None,
+        "expires_at": Case(
+            When(expires_at__gt=now, then=F("expires_at")), default=None, output_field=UTCDateTimeField()
+        ),
+        "key": Case(When(key_from_user=True, then=F("key")), default=Value(""), output_field=CharField()),
+        "maybe_taken_since": None,
+        "key_used_since": None,
+        "body_digest": None,
+    }

@@ -1,0 +1,1 @@
+"""One HTTP call, several tries. Knows no Django model."""

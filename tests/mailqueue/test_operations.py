@@ -1,0 +1,192 @@
+"""What a person may do with rows, and with mailers."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from django.db.models import QuerySet
+
+from anymail_retry.mailqueue import operations
+from anymail_retry.mailqueue.enqueue import enqueue
+from anymail_retry.mailqueue.operations import Change
+from anymail_retry.mailqueue.states import State
+from anymail_retry.mailqueue.worker import Totals, Worker
+from anymail_retry.models import AttachmentBody, MailerState, QueuedMessage
+
+from .engine import KEYED, PLAIN, Script, change, future, mail, past, queue
+
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("script")]
+
+EVERY_STATE = [state.value for state in State]
+
+
+@pytest.fixture
+def rows() -> dict[str, QueuedMessage]:
+    """A row in each state, by the state."""
+    made = {}
+    for state in EVERY_STATE:
+        (row,) = queue(state)
+        due = {"queued": future(), "deferred": future(), "sending": future()}.get(state)
+        ended = past() if state in ("sent", "failed", "cancelled") else None
+        made[state] = change(row, state=state, due_at=due, ended_at=ended)
+    return made
+
+
+def everything() -> QuerySet[QueuedMessage]:
+    return QueuedMessage.objects.all()
+
+
+def changed(rows: dict[str, QueuedMessage]) -> set[str]:
+    """Which of the rows are not as they were."""
+    now = QueuedMessage.objects.in_bulk()
+    return {state for state, row in rows.items() if (now[row.pk].state, now[row.pk].due_at) != (state, row.due_at)}
+
+
+# --- which states ---
+
+
+@pytest.mark.parametrize(
+    ("operation", "touches"),
+    [
+        pytest.param(operations.retry_now, {"deferred"}, id="retry"),
+        pytest.param(
+            lambda rows: operations.retry_now(rows, [State.QUEUED, State.DEFERRED, State.HELD, State.FAILED]),
+            {"queued", "deferred", "held", "failed"},
+            id="retry everything",
+        ),
+        pytest.param(operations.hold, {"queued", "deferred"}, id="hold"),
+        pytest.param(operations.release, {"held"}, id="release"),
+        pytest.param(operations.cancel, {"queued", "deferred", "held", "failed"}, id="cancel"),
+    ],
+)
+def test_only_rows_in_the_right_state_are_touched(
+    rows: dict[str, QueuedMessage], operation: Any, touches: set[str]
+) -> None:
+    assert operation(everything()) == Change(len(touches), being_sent=1)
+    assert changed(rows) == touches
+
+
+@pytest.mark.parametrize("state", [State.SENT, State.CANCELLED, State.SENDING])
+def test_what_was_sent_is_never_retried(state: State) -> None:
+    with pytest.raises(ValueError, match="send_again"):
+        operations.retry_now(everything(), [state])
+
+
+# --- retry, hold, release, cancel ---
+
+
+def test_retried_row_is_sent_at_once() -> None:
+    (row,) = queue(not_before=timedelta(days=1))
+    change(row, state="deferred")
+    operations.retry_now(everything())
+    assert Worker().drain() == Totals(sent=1)
+
+
+def test_deferred_row_keeps_its_key() -> None:
+    (row,) = queue(mailer=KEYED)
+    since = past(60)
+    change(row, state="deferred", maybe_taken_since=since, due_at=future())
+    operations.retry_now(everything())
+    kept = QueuedMessage.objects.get()
+    assert (kept.key, kept.maybe_taken_since) == (row.key, since)
+
+
+@pytest.mark.parametrize("state", ["held", "failed"])
+@pytest.mark.parametrize("key_from_user", [True, False])
+def test_row_that_a_person_sends_again_begins_anew(script: Script, state: str, key_from_user: bool) -> None:
+    (row,) = queue(mailer=KEYED, on_ambiguous="hold")
+    change(
+        row,
+        state=state,
+        due_at=None,
+        ended_at=past(),
+        expires_at=past(),
+        maybe_taken_since=past(60),
+        key_used_since=past(60),
+        body_digest="d" * 64,
+        key_from_user=key_from_user,
+    )
+    operations.retry_now(everything(), [State.HELD, State.FAILED])
+    assert Worker().drain() == Totals(sent=1)
+    assert (script.sends[0].key == row.key) == key_from_user
+    sent = QueuedMessage.objects.get()
+    assert (sent.expires_at, sent.body_digest) == (None, None)
+    assert (sent.maybe_taken_since, sent.key_used_since) == (None, None)
+
+
+def test_held_row_is_not_sent_until_released() -> None:
+    queue("now")
+    queue("later", not_before=timedelta(hours=1))
+    operations.hold(everything(), "the link in it is wrong")
+    assert Worker().drain() == Totals()
+    assert set(QueuedMessage.objects.values_list("reason", flat=True)) == {"the link in it is wrong"}
+    operations.release(everything())
+    assert Worker().drain() == Totals(sent=1)
+    later = QueuedMessage.objects.get(subject="later")
+    assert (later.state, later.due_at) == ("deferred", later.not_before)
+
+
+def test_cancelled_row_is_never_sent() -> None:
+    (row,) = queue()
+    operations.cancel(everything())
+    assert Worker().drain() == Totals()
+    row.refresh_from_db()
+    assert (row.state, row.reason) == ("cancelled", "cancelled by an operator")
+    assert row.ended_at is not None
+
+
+# --- send again ---
+
+
+def test_message_is_sent_again_as_a_new_one(script: Script) -> None:
+    message = mail("again", priority="high")
+    message.attach("a.bin", b"\0\1", "application/octet-stream")
+    (row,) = enqueue([message], mailer=PLAIN, origin="queued")
+    change(row, state="failed", due_at=None, ended_at=past())
+    new = operations.send_again(row)
+    assert new.pk != row.pk
+    assert new.key != row.key
+    assert Worker().drain() == Totals(sent=1)
+    assert script.sends[0].message.attachments == [("a.bin", b"\0\1", "application/octet-stream")]
+    row.refresh_from_db()
+    assert row.state == "failed"
+    assert row.content  # its own copy is still there
+    assert AttachmentBody.objects.count() >= 1
+
+
+@pytest.mark.parametrize("state", ["queued", "deferred", "sending", "held"])
+def test_message_that_may_still_be_sent_is_not_sent_again(rows: dict[str, QueuedMessage], state: str) -> None:
+    with pytest.raises(ValueError, match=f"is {state}"):
+        operations.send_again(rows[state])
+
+
+def test_message_whose_content_is_gone_cannot_be_sent_again() -> None:
+    (row,) = queue()
+    Worker().drain()
+    with pytest.raises(ValueError, match="EMAIL_QUEUE_KEEP_CONTENT"):
+        operations.send_again(row)
+
+
+# --- mailers ---
+
+
+def test_paused_mailer_sends_nothing_until_resumed() -> None:
+    queue()
+    operations.pause(PLAIN, "the account is being moved")
+    assert Worker().drain() == Totals()
+    state = MailerState.objects.get()
+    assert state.pause_reason == "the account is being moved"
+    assert state.paused_until is not None
+    assert state.paused_until > datetime.now(state.paused_until.tzinfo) + timedelta(days=365)
+    assert operations.resume(PLAIN)
+    assert not operations.resume(PLAIN)
+    assert Worker().drain() == Totals(sent=1)
+
+
+def test_only_the_rows_that_are_meant_are_touched() -> None:
+    (first, second) = queue("a", "b")
+    assert operations.cancel(QueuedMessage.objects.filter(pk=first.pk)).changed == 1
+    second.refresh_from_db()
+    assert second.state == "queued"
