@@ -206,10 +206,11 @@ class BreaksOff(Fault):
 
 @dataclass(frozen=True)
 class Chunked(Fault):
-    """A 429 without a length."""
+    """A 429 without a length. The server closes the connection after it, and has to say so, or the next try may be
+    sent into the close."""
 
     def apply(self, exchange: Exchange) -> None:
-        head = b"HTTP/1.1 429 Too Many Requests\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n"
+        head = b"HTTP/1.1 429 Too Many Requests\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         exchange.write(head + b'9\r\n{"name": \r\n7\r\n"Slow"}\r\n0\r\n\r\n')
 
 
