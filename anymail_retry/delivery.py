@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anymail.backends.base import AnymailBaseBackend
 
 from . import signals
-from .log import get_logger
+from .log import get_logger, is_reporting, reporting
 from .verdict import (
     IN_PROGRESS,
     Answer,
@@ -221,7 +221,9 @@ def conclude(backend: Any, message: EmailMessage, outcome: Outcome) -> bool:
     if outcome.verdict not in (None, Verdict.DELIVERED):
         # Anymail raises nothing here, and returns 1, so neither do we; but silent it is not.
         logger.warning("%s accepted the message for no recipient: %s", _name(backend), outcome.reason)
-        signals.message_failed.send_robust(type(backend), message=message, queued_message=None, outcome=outcome)
+        if not is_reporting():
+            with reporting():
+                signals.message_failed.send_robust(type(backend), message=message, queued_message=None, outcome=outcome)
     return outcome.verdict is not None
 
 

@@ -51,6 +51,9 @@ class QueuedMessage(models.Model):
     attachment_count = models.PositiveIntegerField(default=0)
 
     origin = models.CharField(max_length=8, choices=Origin.choices)
+    #: Sent by what this library told: by a handler of its log, or a receiver of its signals. Nothing more is told of
+    #: it than stands here, or there would be no end.
+    is_report = models.BooleanField(default=False)
     created_at = UTCDateTimeField()
     not_before = UTCDateTimeField(null=True, blank=True)
     expires_at = UTCDateTimeField(null=True, blank=True)

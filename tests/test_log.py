@@ -10,16 +10,20 @@ import pytest
 from anymail.exceptions import AnymailAPIError
 from django.utils.log import AdminEmailHandler
 
+from anymail_retry import send_mail
 from anymail_retry.log import get_logger
 from anymail_retry.mailqueue import crash_mail
+from anymail_retry.mailqueue.worker import Worker
 from anymail_retry.models import QueuedMessage
-from anymail_retry.signals import message_queued
+from anymail_retry.signals import message_failed, message_queued, message_sent
 from anymail_retry.testing import LocalEsp, Rule, Status
 from anymail_retry.testing.pytest import local_esp
-from tests.sites import ADMINS, Site, message, site
+from tests.sites import ADMINS, MANDRILL, Site, message, site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from anymail_retry.mailqueue.worker import Totals
 
 __all__ = ["local_esp", "site"]  # fixtures
 
@@ -226,3 +230,86 @@ def test_crash_mail_that_is_queued_ends_too(
         told = {request.json()["message"]["subject"].partition(": ")[2] for request in esp.requests}
         assert {"It crashed", "A crash mail could not be queued, and is sent directly"} <= told
         assert len(told) <= 5
+
+
+# --- ... and by a worker ---
+
+REFUSED_FOR_GOOD = Rule(Status(400, {"status": "error", "name": "ValidationError", "message": "unsubscribed"}))
+
+
+@pytest.fixture(params=["crash mail is queued", "all mail is queued first"])
+def queueing(request: pytest.FixtureRequest, site: Site, esp: LocalEsp, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A site whose crash mail waits for a worker."""
+    site.settings.ADMINS = ADMINS
+    site.settings.EMAIL_SUBJECT_PREFIX = ""
+    if request.param == "crash mail is queued":
+        site.esp(esp)
+        monkeypatch.setattr(AdminEmailHandler, "send_mail", AdminEmailHandler.send_mail)  # to be put back
+        crash_mail.install()
+    else:
+        site.behind("queued", MANDRILL, esp)
+    return site
+
+
+def drain() -> Totals:
+    """Until nothing is due; a loop is cut off."""
+    return Worker(limit=20).drain()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_crash_mail_that_fails_for_good_is_reported_and_the_report_is_not(
+    queueing: Site, esp: LocalEsp, mailed: AdminEmailHandler
+) -> None:
+    esp.script(REFUSED_FOR_GOOD)
+    logging.getLogger("tests").error("It crashed")
+    assert drain().failed == 2
+    crash, report = QueuedMessage.objects.order_by("pk")
+    assert (crash.state, crash.is_report) == ("failed", False)
+    assert (report.state, report.is_report) == ("failed", True)
+    assert f"message {crash.pk} failed" in report.subject
+    assert report.http_status == 400  # what nobody is told stands in the row
+
+
+@pytest.mark.django_db(transaction=True)
+def test_retries_of_a_report_are_not_reported(queueing: Site, esp: LocalEsp, mailed: AdminEmailHandler) -> None:
+    queueing.settings.EMAIL_RETRY_BACKOFF_FACTOR = queueing.settings.EMAIL_RETRY_BACKOFF_JITTER = 0
+    esp.script(Rule(Status(429), nth=range(1, 40, 2)))
+    logging.getLogger("tests").error("It crashed")
+    assert drain().sent == 1 + (mailed.level == logging.WARNING)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_receiver_that_raises_at_every_result_is_reported_and_the_report_has_no_receivers(
+    queueing: Site, esp: LocalEsp, mailed: AdminEmailHandler
+) -> None:
+    told: list[str] = []
+
+    def receiver(queued_message: QueuedMessage, **kwargs: Any) -> None:
+        told.append(queued_message.subject)
+        raise ZeroDivisionError
+
+    message_sent.connect(receiver)
+    try:
+        logging.getLogger("tests").error("It crashed")
+        # Each is reported by this handler, and by the one that Django has for its own loggers.
+        assert drain().sent == 3
+    finally:
+        message_sent.disconnect(receiver)
+    assert told == ["ERROR: It crashed"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_mail_that_a_receiver_sends_about_a_failure_has_no_receivers_of_its_own(queueing: Site, esp: LocalEsp) -> None:
+    """Or a receiver of ``message_failed`` that writes to the ADMINS would do so for ever."""
+    esp.script(REFUSED_FOR_GOOD)
+
+    def receiver(queued_message: QueuedMessage, **kwargs: Any) -> None:
+        send_mail("It failed", "...", None, ["admin@example.com"])
+
+    message_failed.connect(receiver)
+    try:
+        send_mail("hello", "...", None, ["to@example.com"])
+        assert drain().failed == 2
+    finally:
+        message_failed.disconnect(receiver)
+    assert subjects() == ["hello", "It failed"]

@@ -59,6 +59,8 @@ class Job:
     recovered: bool = False
     #: When that worker claimed it.
     recovered_from: datetime | None = None
+    #: Nothing is told of it.
+    is_report: bool = False
     attachments: list[tuple[int, str | None, bytes]] = field(default_factory=list)
     #: Not to be begun before this moment of the steady clock: its slot under a rate limit.
     starts_at: float = 0.0
@@ -311,6 +313,7 @@ class Claimer:
             "priority",
             "attempt_count",
             "origin",
+            "is_report",
             "created_at",
             "not_before",
             "expires_at",
@@ -330,6 +333,7 @@ class Claimer:
             priority,
             number,
             origin,
+            is_report,
             created,
             not_before,
             expires,
@@ -352,6 +356,7 @@ class Claimer:
                 priority=priority,
                 number=number,
                 origin=origin,
+                is_report=is_report,
                 waits_since=max(created, not_before or created),
                 expires_at=expires,
                 on_ambiguous=hold,

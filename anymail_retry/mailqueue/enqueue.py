@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -16,7 +15,7 @@ from django.utils import timezone
 from .. import signals
 from ..delivery import SECRETS, Delivery
 from ..exceptions import InvalidIdempotencyKey, MessageNotQueueable
-from ..log import get_logger
+from ..log import get_logger, is_reporting, reporting
 from ..models import MessageContent, QueuedMessage
 from ..verdict import Outcome
 from . import bodies, mailers, schedule
@@ -181,6 +180,7 @@ class Options:
             mailer=mailer,
             priority=_priority(self.priority),
             origin=Origin(origin),
+            is_report=is_reporting(),
             created_at=now,
             not_before=not_before,
             expires_at=expires_at,
@@ -295,25 +295,19 @@ def _width(row: QueuedMessage) -> int:
     return 1000 + 4 * (len(row.subject) + len(row.recipients) + len(row.answer))
 
 
-_announcing: ContextVar[bool] = ContextVar("anymail_retry_announcing", default=False)
-
-
 def _announce(rows: Sequence[QueuedMessage], outcome: Outcome | None) -> None:
-    """Signal that messages were stored; but not those that come from a receiver, or there would be no end.
+    """Signal that messages were stored; but not those that report.
 
     Where a receiver raises, Django logs that. A site may have it mailed, the mail may be queued, and the same receiver
     be called for it.
     """
-    if _announcing.get():
-        return
-    token = _announcing.set(True)
-    try:
+    with reporting():
         for row in rows:
+            if row.is_report:
+                continue
             signals.message_queued.send_robust(QueuedMessage, queued_message=row)
             if row.state == State.HELD:
                 signals.message_held.send_robust(QueuedMessage, queued_message=row, outcome=outcome)
-    finally:
-        _announcing.reset(token)
 
 
 def _log(row: QueuedMessage, outcome: Outcome | None, *, inside: bool) -> None:

@@ -14,7 +14,7 @@ from django.db import connections
 
 from ..delivery import deliver
 from ..exceptions import PayloadError
-from ..log import get_logger
+from ..log import get_logger, reporting
 from ..verdict import Outcome, Verdict
 from . import gate
 from .claim import Job
@@ -237,6 +237,10 @@ class Sender(threading.Thread):
 
     def _send(self, job: Job) -> Outcome:
         """Send one message. Whatever goes wrong is this message's own outcome."""
+        with reporting(job.is_report):
+            return self._try_to_send(job)
+
+    def _try_to_send(self, job: Job) -> Outcome:
         try:
             assert job.payload is not None
             message = unpack(*decrypted(self.cipher, job.payload, job.bodies))

@@ -12,7 +12,7 @@ from django.db import connections
 from django.db.models import Case, F, Field, Q, Value, When
 
 from .. import signals
-from ..log import get_logger
+from ..log import get_logger, reporting
 from ..models import AttachmentBody, Attempt, MessageAttachment, MessageContent, QueuedMessage
 from ..verdict import Outcome, Verdict
 from .claim import Job
@@ -178,8 +178,8 @@ class Settler:
         return written
 
     def announce(self, results: Iterable[Result]) -> None:
-        """Log and signal results that are written and committed."""
-        results = list(results)
+        """Log and signal results that are written and committed; but not those of reports."""
+        results = [result for result in results if not result.job.is_report]
         for result in results:
             _log(result)
         heard = [
@@ -192,9 +192,10 @@ class Settler:
             for result in heard:
                 row = rows.get(result.job.id)
                 if row is not None:
-                    SIGNALS[result.fate.state].send_robust(
-                        QueuedMessage, queued_message=row, message=None, outcome=result.outcome
-                    )
+                    with reporting():
+                        SIGNALS[result.fate.state].send_robust(
+                            QueuedMessage, queued_message=row, message=None, outcome=result.outcome
+                        )
 
     def _write_delivered(self, results: Sequence[Result], now: datetime) -> None:
         # Without the lease, over any state: another worker may have the row by now, and must not undo this.

@@ -19,7 +19,7 @@ from functools import partial
 from django.db import connections
 
 from .. import conf
-from ..log import get_logger
+from ..log import get_logger, reporting
 from ..verdict import Outcome
 from . import gate, retention, schedule
 from .claim import Claim, Claimer, Job, Wanted
@@ -373,12 +373,13 @@ class Worker:
 
     def _write_off(self, job: Job) -> None:
         """A send that lasts longer than any may: its row is left to whoever claims it, its thread replaced."""
-        logger.error(
-            "%s: message %s has been under way for more than EMAIL_QUEUE_SEND_MAX (%g s); given up waiting for it",
-            job.mailer,
-            job.id,
-            self.send_max,
-        )
+        with reporting(job.is_report):
+            logger.error(
+                "%s: message %s has been under way for more than EMAIL_QUEUE_SEND_MAX (%g s); given up waiting for it",
+                job.mailer,
+                job.id,
+                self.send_max,
+            )
         self._forget(job)
         if self.inbox.threads < 2 * self.threads:
             self.inbox.threads += 1

@@ -80,6 +80,7 @@ class Migration(migrations.Migration):
                 ("size", models.PositiveIntegerField(default=0)),
                 ("attachment_count", models.PositiveIntegerField(default=0)),
                 ("origin", models.CharField(choices=[("fallback", "Fallback"), ("queued", "Queued")], max_length=8)),
+                ("is_report", models.BooleanField(default=False)),
                 ("created_at", anymail_retry.mailqueue.fields.UTCDateTimeField()),
                 ("not_before", anymail_retry.mailqueue.fields.UTCDateTimeField(blank=True, null=True)),
                 ("expires_at", anymail_retry.mailqueue.fields.UTCDateTimeField(blank=True, null=True)),
