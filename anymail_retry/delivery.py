@@ -24,6 +24,7 @@ from .verdict import (
     Outcome,
     Phase,
     Verdict,
+    is_of_the_network,
     judge_delivery,
     phase_of,
     with_the_past,
@@ -323,7 +324,8 @@ def _deliver_foreign(backend: BaseEmailBackend, message: EmailMessage, delivery:
         # Without an error there is nothing to go by; only a person can find out.
         return Outcome(Verdict.AMBIGUOUS, NOTHING_SENT, hold=True)
     taken_before = delivery.maybe_taken_since is not None
-    attempt = _smtp_attempt(error, opened=opened)
+    delivery.answer = Answer.of(getattr(error, "response", None))  # of an HTTP API, by requests or boto3
+    attempt = _foreign_attempt(error, opened=opened) if delivery.answer is None else None
     if attempt is None:
         return delivery.judge(EspFacts, error=error, statuses=None, began=began)
     delivery.attempts.append(attempt)
@@ -339,14 +341,14 @@ def _deliver_foreign(backend: BaseEmailBackend, message: EmailMessage, delivery:
     return with_the_past(outcome, taken_before, key_is_live=False)
 
 
-def _smtp_attempt(error: Exception, *, opened: bool) -> Attempt | None:
-    """The attempt that ended in this error of smtplib's or a socket's; None if it is neither's.
+def _foreign_attempt(error: Exception, *, opened: bool) -> Attempt | None:
+    """The attempt that ended in this error of smtplib's or the network's; None if it is neither's.
 
     A drop at MAIL and a drop after DATA raise the same ``SMTPServerDisconnected``, so whatever ended the send
     without a reply code may have been taken.
     """
     name = type(error).__name__
-    if not isinstance(error, OSError) or getattr(error, "response", None) is not None:
+    if not isinstance(error, OSError) and not is_of_the_network(error):
         return None
     codes: list[int]
     if isinstance(error, smtplib.SMTPRecipientsRefused):

@@ -26,6 +26,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import requests
@@ -322,6 +323,13 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         ]
 
 
+#: Why there is no answer.
+PHASE_REASON = {
+    Phase.CONNECT: "no connection",
+    Phase.CERTIFICATE: "certificate not trusted",
+    Phase.SENT: "no answer",
+}
+
 #: What can only happen before the connection stands. Everything that our connection class meets before its connect()
 #: returns arrives as one of these; urllib3 raises its ProxyError only while a proxy has not been reached.
 CONNECT_ERRORS = (
@@ -342,7 +350,7 @@ def phase_of(error: BaseException) -> Phase | None:
         if isinstance(cause, CONNECT_ERRORS):
             return Phase.CONNECT
     for cause in chain:
-        if isinstance(cause, urllib3.exceptions.HTTPError | OSError) and not isinstance(
+        if isinstance(cause, urllib3.exceptions.HTTPError | HTTPException | OSError) and not isinstance(
             cause, requests.RequestException
         ):
             return Phase.SENT
@@ -351,6 +359,27 @@ def phase_of(error: BaseException) -> Phase | None:
     if isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError):
         return Phase.SENT
     return None
+
+
+#: What goes wrong between two hosts, whichever library meets it.
+NETWORK_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+    ssl.SSLError,
+    HTTPException,
+    urllib3.exceptions.HTTPError,
+    requests.ConnectionError,
+    requests.Timeout,
+)
+
+
+def is_of_the_network(error: BaseException) -> bool:
+    """Whether an error of a library that is not known here tells of the network's trouble, and not of a mistake."""
+    chain = list(causes(error))
+    return any(isinstance(cause, NETWORK_ERRORS) for cause in chain) and not any(
+        isinstance(cause, ImproperlyConfigured) for cause in chain
+    )
 
 
 def judge_answer(answer: Answer, facts: type[EspFacts] | EspFacts) -> tuple[Verdict, str]:
@@ -475,7 +504,7 @@ def judge_delivery(
         return with_the_past(outcome(Verdict.REFUSED, "not sent"), maybe_taken, key_is_live)
     phase = phase_of(error)
     if phase is not None:
-        return with_the_past(outcome(PHASE_VERDICT[phase], phase.value), maybe_taken, key_is_live)
+        return with_the_past(outcome(PHASE_VERDICT[phase], PHASE_REASON[phase]), maybe_taken, key_is_live)
     return outcome(Verdict.PERMANENT, type(error).__name__, hold=maybe_taken)
 
 

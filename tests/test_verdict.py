@@ -500,7 +500,7 @@ STATUSES = [
 ]
 
 THE_WORST_ATTEMPT_COUNTS = [
-    row("maybe taken, then refused connections", AMBIGUOUS, "connect", error=NO_CONNECTION, maybe_taken=True),
+    row("maybe taken, then refused connections", AMBIGUOUS, "no connection", error=NO_CONNECTION, maybe_taken=True),
     row("maybe taken, then 429", AMBIGUOUS, status=429, error=api_error(429), maybe_taken=True),
     row("maybe taken, then 401", AMBIGUOUS, status=401, error=api_error(401), maybe_taken=True),
     row("maybe taken, then the breaker", AMBIGUOUS, "circuit open", error=CircuitOpen("open"), maybe_taken=True),
@@ -535,7 +535,7 @@ THE_WORST_ATTEMPT_COUNTS = [
     row(
         "maybe taken, then an untrusted certificate",
         AMBIGUOUS,
-        "certificate",
+        "certificate not trusted",
         error=WRONG_CERTIFICATE,
         maybe_taken=True,
     ),
@@ -678,9 +678,9 @@ DUPLICATES_AND_CONFLICTS = [
 ]
 
 WITHOUT_AN_ANSWER = [
-    row("no connection", REFUSED, "connect", error=NO_CONNECTION),
-    row("read timeout", AMBIGUOUS, "sent", error=READ_TIMEOUT),
-    row("untrusted certificate", BLOCKED, "certificate", error=WRONG_CERTIFICATE),
+    row("no connection", REFUSED, "no connection", error=NO_CONNECTION),
+    row("read timeout", AMBIGUOUS, "no answer", error=READ_TIMEOUT),
+    row("untrusted certificate", BLOCKED, "certificate not trusted", error=WRONG_CERTIFICATE),
     row("breaker open", REFUSED, "circuit open", error=CircuitOpen("open")),
     row("recipients refused", PERMANENT, "AnymailRecipientsRefused", error=AnymailRecipientsRefused()),
     row("wrong address", PERMANENT, "AnymailInvalidAddress", error=AnymailInvalidAddress("no")),

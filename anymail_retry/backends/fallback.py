@@ -60,16 +60,26 @@ class EmailBackend(WrappingBackend):
         self._lock = threading.RLock()
 
     def open(self) -> bool | None:
-        """Open the connection behind this one, and keep it until :meth:`close`."""
+        """Open the connection behind this one, and keep it until :meth:`close`.
+
+        With the queue on, a connection that does not stand is no reason to raise: each message is tried, and queued.
+        """
         self._is_open = True
-        return self.inner.open()
+        if self.fallback is None:
+            return self.inner.open()
+        with self._lock:
+            try:
+                return self.inner.open()
+            except (AnymailError, OSError):
+                self._close_quietly()
+                return None
 
     def close(self) -> None:
         self._is_open = False
         self.inner.close()
 
     def send_messages(self, email_messages: Iterable[EmailMessage]) -> int:
-        messages = list(email_messages)
+        messages = list(email_messages or ())
         fallback = self.fallback
         if fallback is None or not messages:
             return self.inner.send_messages(messages) or 0

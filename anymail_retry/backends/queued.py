@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import conf
 from ..exceptions import MessageNotQueueable
-from ..mailqueue.fallback import OWN_OPTIONS, queued_status, tell_queued
+from ..mailqueue.fallback import OWN_OPTIONS, forget_earlier_send, queued_status, tell_queued
 from ..mailqueue.functions import store
 from ..mailqueue.wrapping import WrappingBackend
 
@@ -45,15 +45,18 @@ class EmailBackend(WrappingBackend):
         conf.require_app(f"Mail goes through {__name__}")
 
     def send_messages(self, email_messages: Iterable[EmailMessage]) -> int:
-        """Store the messages, all or none, and return how many.
+        """Store the messages, all or none, and return how many. With ``fail_silently`` those that can be.
 
         :raises MessageNotQueueable: one of them cannot be kept exactly; says which part of it.
         """
         if self.own_options:
             raise MessageNotQueueable(", ".join(sorted(self.own_options)), OWN_OPTIONS)
-        messages = [message for message in email_messages if message.recipients()]
+        messages = [message for message in email_messages or () if message.recipients()]
+        for message in messages:
+            forget_earlier_send(message)
         statuses = [queued_status(message) for message in messages]
         rows = store(messages, mailer=self.mailer, fail_silently=self.fail_silently)
-        for message, status, row in zip(messages, statuses, rows, strict=bool(rows)):
-            tell_queued(message, status, row)
-        return len(rows)
+        for message, status, row in zip(messages, statuses, rows, strict=True):
+            if row is not None:
+                tell_queued(message, status, row)
+        return sum(row is not None for row in rows)

@@ -29,7 +29,9 @@ def _store(handler: AdminEmailHandler, subject: str, message: str, *args: Any, *
     try:
         # What is stored inside a transaction goes with it if it is rolled back, which a crash often has done.
         if not connections[queue_database()].in_atomic_block:
-            functions.mail_to("ADMINS", subject, message, kwargs.get("html_message"), lambda: _mailer(handler))
+            # A crash comes seldom alone, and the site's own mail should not stand in line behind its mails.
+            html = kwargs.get("html_message")
+            functions.mail_to("ADMINS", subject, message, html, lambda: _mailer(handler), priority="low")
             return
     except Exception:
         # The database may be what crashed. The mail must not be lost over the queue.

@@ -88,7 +88,7 @@ def enqueue(
         found = _find_mailer(mailer)
         options = Options(priority, not_before, expires_at, on_ambiguous)
         for message in messages:
-            _check_secrets(message)
+            _check_secrets(message, found)
             if delivery is None:
                 _check_key(options.of(message).idempotency_key, found)
         packed = [pack(message, fix_message_id=found is not None and found.sends_mime) for message in messages]
@@ -112,20 +112,26 @@ def enqueue(
                 wake(alias, mailer)
             transaction.on_commit(partial(_announce, rows, outcome), using=alias, robust=True)
     finally:
-        if close_connection and opens_it and not connection.in_atomic_block and connection.get_autocommit():
+        # connection.autocommit and not get_autocommit(), which would connect.
+        if close_connection and opens_it and not connection.in_atomic_block and connection.autocommit:
             connection.close()
     for row in rows:
         _log(row, outcome, inside=inside)
     return rows
 
 
-def _check_secrets(message: EmailMessage) -> None:
+#: Where else than in :data:`~anymail_retry.delivery.SECRETS` an ESP's account key may stand in ``esp_extra``.
+ESP_SECRETS = {"Mandrill": ("key",)}
+
+
+def _check_secrets(message: EmailMessage, mailer: mailers.Mailer | None) -> None:
     """Anymail takes some accounts' keys per message (Postmark: ``esp_extra["server_token"]``)."""
     extra = getattr(message, "esp_extra", None)
-    for name in SECRETS:
+    esp_name = getattr(mailer.backend_class, "esp_name", "") if mailer is not None else ""
+    for name in (*SECRETS, *ESP_SECRETS.get(esp_name, ())):
         if isinstance(extra, Mapping) and name in extra:
             raise MessageNotQueueable(
-                f"esp_extra[{name!r}]",
+                f"{name!r} in esp_extra",
                 "secrets are not stored. Give that account an alias in MAILERS, or a subclass of the back end",
             )
 
@@ -184,7 +190,7 @@ class Options:
             created_at=now,
             not_before=not_before,
             expires_at=expires_at,
-            on_ambiguous="" if self.on_ambiguous is None else OnAmbiguous(self.on_ambiguous),
+            on_ambiguous=_on_ambiguous(self.on_ambiguous),
             size=stored_size(packed.payload, packed.bodies, encrypting),
             attachment_count=len(packed.bodies),
             key=delivery.key,
@@ -199,6 +205,8 @@ class Options:
         if outcome is None or policy is None:
             row.state, row.due_at = State.QUEUED, schedule.due_at(start, expires_at)
             return row
+        if schedule.is_expired(expires_at, now):
+            raise MessageNotQueueable("expires_at", "is over, so no worker would send it")
         row.attempt_count = 1  # the send that failed
         row.verdict = str(outcome.verdict or "")
         row.http_status = outcome.http_status
@@ -227,6 +235,12 @@ def _priority(value: int | str | None) -> Priority:
         return Priority[value.upper()] if isinstance(value, str) else Priority(value)
     except (KeyError, ValueError):
         raise ValueError(f"priority is {value!r}, and should be 'high', 'medium' or 'low', or 1 to 3") from None
+
+
+def _on_ambiguous(value: str | None) -> str:
+    if value is not None and value not in OnAmbiguous.values:
+        raise ValueError(f"on_ambiguous is {value!r}, and should be 'resend' or 'hold'")
+    return value or ""
 
 
 def _moment(name: str, value: datetime | timedelta | None, now: datetime) -> datetime | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from anymail.backends.base import AnymailBaseBackend
@@ -18,6 +18,8 @@ from ..delivery import Delivery, conclude, deliver
 from ..exceptions import MessageNotQueueable
 from ..log import get_logger
 from ..verdict import Outcome, Verdict
+from .database import first_line
+from .mailers import find, path_of
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
@@ -53,8 +55,7 @@ class Fallback:
 
         :raises Exception: what sending raised, if keeping it would not help or did not work.
         """
-        for name in ("queued_message", "send_error"):  # of an earlier send of the same object
-            message.__dict__.pop(name, None)
+        forget_earlier_send(message)
         delivery = Delivery()
         outcome = deliver(backend, message, delivery)
         message.retry_history = outcome.attempts  # type: ignore[attr-defined]  # ours, documented
@@ -88,7 +89,9 @@ class Fallback:
             except anticipated as error:
                 message.send_error = error  # type: ignore[attr-defined]  # ours, documented
                 first = first or error
-                logger.error("%s: not sent and not queued: %s", self.mailer, type(error).__name__)
+                status = getattr(error, "status_code", None)
+                what = f"{type(error).__name__}{f' (HTTP {status})' if status else ''}"
+                logger.error("%s: a send failed and is not queued: %s", self.mailer, what)
         if first is not None and not fail_silently:
             raise first
         return count
@@ -111,8 +114,7 @@ class Fallback:
                 close_connection=True,
             )
         except Exception as error:  # whatever it is, the caller is owed the ESP's error and not ours
-            first_line = str(error).strip().partition("\n")[0]
-            return f"The message was not kept in the queue either: {type(error).__name__}: {first_line}"
+            return f"The message was not kept in the queue either: {why_not_stored(error)}"
         if outcome.verdict is Verdict.BLOCKED:
             logger.error(
                 "%s: the account is blocked (%s): %s",
@@ -129,8 +131,6 @@ class Fallback:
 
         :raises MessageNotQueueable: it would not.
         """
-        from .mailers import find  # here, because it needs the app registry
-
         if self.own_options:
             raise MessageNotQueueable(", ".join(self.own_options), OWN_OPTIONS)
         again = find(self.mailer).make()
@@ -143,15 +143,36 @@ class Fallback:
             raise MessageNotQueueable(", ".join(different), OWN_OPTIONS)
 
 
+def discreet(what: str) -> str:
+    """A part of a message by its name, without the keys on the way to it: they may be addresses."""
+    return re.sub(r"\[(?!\d+\]).*\]", "[...]", what)
+
+
+def why_not_stored(error: Exception) -> str:
+    """What an exception of storing says, as a log may hold it."""
+    if isinstance(error, MessageNotQueueable):
+        return f"{type(error).__name__}: {discreet(error.what)}: {error.why}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def identity(backend: BaseEmailBackend) -> dict[str, str]:
     """The texts that a back end holds: whom it sends as (accounts, keys), and where to (hosts, URLs)."""
-    return {name: value for name, value in vars(backend).items() if isinstance(value, str) and not name.startswith("_")}
+    return dict(_texts({name: value for name, value in vars(backend).items() if not name.startswith("_")}))
+
+
+def _texts(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """The texts in a mapping, and in the mappings in it: boto3's parameters are one."""
+    for name, value in values.items():
+        if isinstance(value, str):
+            yield f"{within}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _texts(value, f"{within}{name}.")
 
 
 #: Why a connection with options of its own is not queued for.
 OWN_OPTIONS = (
     "this connection was made with options of its own, which are not stored because they may be secrets. Give that"
-    " account an alias in MAILERS, or a subclass of the back end"
+    " account an alias in MAILERS, or a subclass of the back end that is made for it in every process alike"
 )
 
 
@@ -172,6 +193,12 @@ def queued_status(message: EmailMessage) -> AnymailStatus:
     status = AnymailStatus()
     status.set_recipient_status({address: AnymailRecipientStatus(None, "queued") for address in addresses})
     return status
+
+
+def forget_earlier_send(message: EmailMessage) -> None:
+    """Take off a message what an earlier send of the same object left on it."""
+    for name in ("queued_message", "send_error"):
+        message.__dict__.pop(name, None)
 
 
 def tell_queued(message: EmailMessage, status: AnymailStatus, row: QueuedMessage) -> None:
@@ -272,11 +299,7 @@ def options_of_its_own(kwargs: Mapping[str, Any]) -> frozenset[str]:
 def mailer_name(backend: BaseEmailBackend) -> str:
     """The name by which the worker finds this back end: its ``MAILERS`` alias, or its class's dotted path."""
     alias = getattr(backend, "alias", None)
-    return alias if alias is not None else _dotted_path(type(backend))
-
-
-def _dotted_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return alias if alias is not None else path_of(type(backend))
 
 
 def _add_note(error: BaseException, note: str) -> None:

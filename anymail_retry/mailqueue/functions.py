@@ -18,8 +18,8 @@ from django.utils.module_loading import import_string
 from .. import conf
 from ..exceptions import MessageNotQueueable
 from ..log import get_logger
-from .fallback import OWN_OPTIONS, mailer_name
-from .mailers import DEFAULT_BACKEND
+from .fallback import OWN_OPTIONS, mailer_name, why_not_stored
+from .mailers import DEFAULT_BACKEND, canonical
 from .wrapping import WrappingBackend, behind
 
 if TYPE_CHECKING:
@@ -163,27 +163,35 @@ def _store(
 ) -> int:
     if auth_user is not None or auth_password is not None:
         raise MessageNotQueueable("auth_user, auth_password", OWN_OPTIONS)
-    return len(store(mails, mailer=_mailer(using, connection), priority=priority, fail_silently=fail_silently))
+    if not isinstance(fail_silently, bool):  # the place where django-mailer has its priority
+        raise TypeError(f"fail_silently is {fail_silently!r}, and should be True or False. Write: priority=...")
+    rows = store(mails, mailer=_mailer(using, connection), priority=priority, fail_silently=fail_silently)
+    return sum(row is not None for row in rows)
 
 
 def store(
     mails: Sequence[EmailMessage], *, mailer: str, priority: Priority = None, fail_silently: bool = False
-) -> list[QueuedMessage]:
-    """Store messages for a mailer, all or none. Messages without recipients are left out, as Django does.
+) -> list[QueuedMessage | None]:
+    """Store messages for a mailer, all or none.
 
-    :param fail_silently: log it if they cannot be stored. Errors of configuration and programming are raised.
+    :param fail_silently: store those that can be, and log the others. Errors of configuration and programming are
+        raised.
+    :returns: the row of each message; None: it has no recipients, which Django passes over too, or was not stored.
     """
     conf.require_app("A message is to be queued")
     from .enqueue import enqueue  # here, because it needs the app registry
 
-    mails = [mail for mail in mails if mail.recipients()]
+    sendable = [mail for mail in mails if mail.recipients()]
     try:
-        return enqueue(mails, mailer=mailer, origin="queued", priority=priority) if mails else []
+        rows = iter(enqueue(sendable, mailer=mailer, origin="queued", priority=priority) if sendable else ())
     except (MessageNotQueueable, db.Error) as error:
         if not fail_silently:
             raise
-        logger.error("%s: not queued: %s", mailer, type(error).__name__)
-        return []
+        if len(mails) > 1 and isinstance(error, MessageNotQueueable):
+            return [store([mail], mailer=mailer, priority=priority, fail_silently=True)[0] for mail in mails]
+        logger.error("%s: not queued: %s", mailer, why_not_stored(error))
+        return [None for _ in mails]
+    return [next(rows) if mail.recipients() else None for mail in mails]
 
 
 def default_mailer(using: str | None = None) -> str:
@@ -212,7 +220,7 @@ def sending(path: str, alias: str | None = None, using: str | None = None) -> st
     backend = import_string(path)
     if isinstance(backend, type) and issubclass(backend, WrappingBackend):
         return behind(backend, alias, using)
-    return alias or path
+    return alias or canonical(path)
 
 
 def _mailer(using: str | None, connection: Any) -> str:

@@ -31,6 +31,7 @@ from .. import conf
 from ..exceptions import MessageNotQueueable
 from .database import own_transaction, queue_database
 from .enqueue import enqueue
+from .fallback import discreet
 from .functions import default_mailer
 from .mailers import MailerGone, find
 from .states import Priority
@@ -401,8 +402,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Left):
         return str(error)
     if isinstance(error, MessageNotQueueable):
-        what = re.sub(r"\[(?!\d+\]).*\]", "[...]", error.what)  # a key may be an address
-        return f"{what}: {error.why}"
+        return f"{discreet(error.what)}: {error.why}"
     if isinstance(error, ModuleNotFoundError):
         return f"cannot be decoded: there is no module {error.name!r}"
     kind = "cannot be stored" if isinstance(error, DatabaseError) else "cannot be decoded"

@@ -8,7 +8,6 @@ from typing import Any
 
 import django
 from anymail.backends.base import AnymailBaseBackend
-from django.conf import settings
 from django.core.mail.backends import smtp
 from django.core.mail.backends.base import BaseEmailBackend
 from django.utils.module_loading import import_string
@@ -89,27 +88,55 @@ def make(backend_class: type[BaseEmailBackend], options: Mapping[str, Any]) -> B
     return backend_class(**options)
 
 
+def path_of(backend: Any) -> str:
+    """Where a back end is defined."""
+    return f"{backend.__module__}.{backend.__qualname__}"
+
+
+def canonical(path: str) -> str:
+    """The one name of a back end without an alias: where it is defined, by whichever name it was imported."""
+    name = path_of(import_string(path))
+    return path if "<locals>" in name else name
+
+
 def find(name: str) -> Mailer:
     """The mailer of this name.
 
-    :raises MailerGone: there is none.
+    Under ``MAILERS`` a dotted path, which a row has from the time before, means the one entry with that back end.
+
+    :raises MailerGone: there is none, or more than one.
     """
-    mailers: Mapping[str, Any] | None = getattr(settings, "MAILERS", None) if django.VERSION >= (6, 1) else None
-    if mailers is not None and name in mailers:
-        entry = mailers[name]
-        path = entry.get("BACKEND", DEFAULT_BACKEND)
-        alias, options = name, entry.get("OPTIONS", {})
+    configured = conf.mailers()
+    then = "; then: manage.py retry_deferred --held"
+    alias: str | None
+    if configured is not None and name in configured:
+        alias, path = name, configured[name].get("BACKEND", DEFAULT_BACKEND)
     elif "." in name:
-        path, alias, options = name, None, {}
+        alias, path = None, name
     else:
-        where = "MAILERS" if mailers is not None else "MAILERS, which these settings do not have"
-        raise MailerGone(f"mailer {name!r} is gone: add it to {where}, then release its mail")
+        where = "MAILERS" if configured is not None else "MAILERS, which these settings do not have"
+        raise MailerGone(f"mailer {name!r} is gone: add it to {where}{then}")
     try:
         backend_class = import_string(path)
     except ImportError as error:
-        raise MailerGone(f"mailer {name!r} is gone ({error}): bring {path} back, then release its mail") from error
+        raise MailerGone(f"mailer {name!r} is gone ({error}): bring {path} back{then}") from error
+    if configured is not None and alias is None:
+        aliases = [other for other, entry in configured.items() if _is_of(entry, backend_class)]
+        if len(aliases) > 1:
+            several = ", ".join(map(repr, aliases))
+            raise MailerGone(f"{name!r} may be any of {several}: give MAILERS an entry of this very name{then}")
+        alias = aliases[0] if aliases else None
+    options = configured[alias].get("OPTIONS", {}) if configured is not None and alias is not None else {}
     behind = getattr(backend_class, "behind", None)
     if behind is not None:
         # It was a mailer of its own when the row was written; now it stands before another and would only store.
         return find(behind(alias, options.get("using")))
-    return Mailer(name, backend_class, options, alias)
+    return Mailer(alias or canonical(name), backend_class, options, alias)
+
+
+def _is_of(entry: Mapping[str, Any], backend_class: Any) -> bool:
+    """Whether this entry of ``MAILERS`` has this back end."""
+    try:
+        return import_string(entry.get("BACKEND", DEFAULT_BACKEND)) is backend_class
+    except ImportError:
+        return False

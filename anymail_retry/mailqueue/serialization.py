@@ -390,6 +390,7 @@ class _Packer:
         if isinstance(value, list):
             return self.sequence(value, self.value)
         if isinstance(value, tuple):
+            self.like(value, tuple(value))
             return {"$": "tuple", "v": self.sequence(value, self.value)}
         if isinstance(value, Mapping):
             return self.mapping(value)

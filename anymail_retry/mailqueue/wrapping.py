@@ -12,7 +12,7 @@ from django.utils.module_loading import import_string
 
 from .. import conf
 from .fallback import options_of_its_own
-from .mailers import DEFAULT_BACKEND, make
+from .mailers import DEFAULT_BACKEND, canonical, make, path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,7 +88,7 @@ def behind(cls: type[WrappingBackend], alias: str | None, using: str | None) -> 
     :param using: its option.
     :raises ImproperlyConfigured: there is none, or it is a wrapping one itself; says what to write.
     """
-    path = f"{cls.__module__}.{cls.__qualname__}"
+    path = path_of(cls)
     configured = conf.mailers()
     if configured is None:
         name = conf.SETTINGS[cls.setting].full_name
@@ -120,4 +120,4 @@ def behind(cls: type[WrappingBackend], alias: str | None, using: str | None) -> 
         raise ImproperlyConfigured(
             f"{where} names {mailer!r}, which sends nothing itself but stands before another. Name the one that sends."
         )
-    return mailer
+    return mailer if configured is not None else canonical(mailer)

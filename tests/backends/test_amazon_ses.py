@@ -166,8 +166,8 @@ def send(
         pytest.param([failure(400, "MessageRejected")], 1, PERMANENT, "", id="rejected"),
         pytest.param([INTERNAL], 1, AMBIGUOUS, "", id="internal error: may have been taken"),
         pytest.param([failure(503, "", "upstream")], 1, AMBIGUOUS, "", id="503 of who knows whom"),
-        pytest.param([DROP], 1, AMBIGUOUS, "sent", id="dropped after the request"),
-        pytest.param([RATE, DROP], 2, AMBIGUOUS, "sent", id="rate limit, then dropped"),
+        pytest.param([DROP], 1, AMBIGUOUS, "no answer", id="dropped after the request"),
+        pytest.param([RATE, DROP], 2, AMBIGUOUS, "no answer", id="rate limit, then dropped"),
         pytest.param([GARBAGE], 1, AMBIGUOUS, "accepted?", id="accepted and not understood"),
     ],
 )
@@ -212,14 +212,14 @@ def test_refused_connections_are_tried_again_and_surely_not_sent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
     outcome = send(url)
-    assert (outcome.verdict, outcome.reason) == (REFUSED, "connect")
+    assert (outcome.verdict, outcome.reason) == (REFUSED, "no connection")
     assert [(attempt.phase, attempt.verdict) for attempt in outcome.attempts] == [(Phase.CONNECT, REFUSED)] * 4
 
 
 def test_a_read_timeout_may_have_been_taken_and_ends_the_call(ses: LocalSes) -> None:
     ses.steps = [STALL, OK]
     outcome = send(ses.url, client={"config": Config(read_timeout=0.3)})
-    assert (outcome.verdict, outcome.reason) == (AMBIGUOUS, "sent")
+    assert (outcome.verdict, outcome.reason) == (AMBIGUOUS, "no answer")
     assert len(ses.requests) == 1
 
 

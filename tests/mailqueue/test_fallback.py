@@ -8,6 +8,7 @@ import threading
 import unittest
 from contextlib import contextmanager
 from datetime import timedelta
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,7 @@ from anymail.signals import pre_send
 from django.contrib.auth.models import Group
 from django.core.exceptions import ImproperlyConfigured
 from django.core.mail import EmailMessage
-from django.db import connection, transaction
+from django.db import OperationalError, connection, connections, transaction
 from django.test import SimpleTestCase
 from django.test.utils import CaptureQueriesContext
 
@@ -33,7 +34,7 @@ from tests.sites import WAYS, Site, message, site, words
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_django import DjangoCaptureOnCommitCallbacks
+    from pytest_django import DjangoCaptureOnCommitCallbacks, DjangoDbBlocker
     from pytest_django.fixtures import SettingsWrapper
 
 __all__ = ["local_esp", "site"]  # fixtures
@@ -352,9 +353,9 @@ def read_only() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("obstacle", "why"),
     [
-        pytest.param(no_table, "Error", id="no table"),
+        pytest.param(no_table, "anymail_retry_queuedmessage", id="no table"),
         pytest.param(forbidding_router, "PermissionError: no mail from this host", id="router"),
-        pytest.param(another_database_that_is_forbidden, "queue", id="database forbidden in a test"),
+        pytest.param(another_database_that_is_forbidden, "DatabaseOperationForbidden", id="forbidden in a test"),
         pytest.param(database_that_does_not_exist, "ConnectionDoesNotExist", id="no such database"),
     ],
 )
@@ -420,7 +421,9 @@ def test_async_context_brings_the_esps_error(esp_site: Site, esp: LocalEsp) -> N
     assert "SynchronousOnlyOperation" in words(asyncio.run(view()))
 
 
-def test_simple_test_case_brings_the_esps_error(esp_site: Site, esp: LocalEsp) -> None:
+def test_simple_test_case_brings_the_esps_error(
+    esp_site: Site, esp: LocalEsp, django_db_blocker: DjangoDbBlocker
+) -> None:
     """Django forbids it the database with an AssertionError, which is no error of any database."""
 
     class Test(SimpleTestCase):
@@ -430,7 +433,8 @@ def test_simple_test_case_brings_the_esps_error(esp_site: Site, esp: LocalEsp) -
     errors: list[Any] = []
     esp.script(DOWN)
     result = unittest.TestResult()
-    unittest.TestSuite([Test()]).run(result)
+    with django_db_blocker.unblock():  # else pytest-django may be faster than Django
+        unittest.TestSuite([Test()]).run(result)
     assert result.errors == result.failures == []
     assert "DatabaseOperationForbidden" in words(errors[0])
 
@@ -714,7 +718,16 @@ def test_every_message_of_a_call_is_tried_and_the_first_that_can_never_go_is_rai
     assert [row.subject for row in queued()] == ["later"]
     assert messages[1].send_error is caught.value
     assert "the second" in str(messages[3].send_error)
-    assert len([record for record in caplog.records if "not sent and not queued" in record.getMessage()]) == 2
+    assert (
+        len(
+            [
+                record
+                for record in caplog.records
+                if "a send failed and is not queued: AnymailRequestsAPIError (HTTP 400)" in record.getMessage()
+            ]
+        )
+        == 2
+    )
 
 
 @pytest.mark.django_db
@@ -785,3 +798,68 @@ def test_mixin_is_written_before_what_retries() -> None:
             type("Wrong", bases, {})
     assert type("Right", (FallbackQueueMixin, RetryMixin, AnymailBackend), {})
     assert type("Mixed", (type("Mine", (FallbackQueueMixin,), {}), RetryMixin, AnymailBackend), {})
+
+
+@pytest.mark.django_db
+def test_message_whose_time_is_over_is_not_kept(esp_site: Site, esp: LocalEsp) -> None:
+    """It would be reported as a success, and could only expire."""
+    esp.script(DOWN)
+    late = message()
+    late.expires_at = timedelta(seconds=-1)
+    assert "expires_at: is over" in words(fail_to_send(late))
+
+
+@pytest.mark.django_db
+def test_key_of_an_account_in_esp_extra_is_not_stored(esp_site: Site, esp: LocalEsp) -> None:
+    """Mandrill's key stands in the request's body, where ``esp_extra`` may replace it."""
+    esp.script(DOWN)
+    tenants = message()
+    tenants.esp_extra = {"key": TENANT_KEY}
+    assert "'key' in esp_extra: secrets are not stored" in words(fail_to_send(tenants))
+    assert queued() == []
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("value", ["drop", 1])
+def test_policy_that_means_nothing_is_named(esp_site: Site, esp: LocalEsp, value: Any) -> None:
+    esp.script(DOWN)
+    odd = message()
+    odd.on_ambiguous = value
+    assert f"on_ambiguous is {value!r}, and should be 'resend' or 'hold'" in words(fail_to_send(odd))
+
+
+@pytest.mark.django_db
+def test_what_cannot_be_kept_is_told_without_the_addresses_on_the_way_to_it(
+    esp_site: Site, esp: LocalEsp, caplog: pytest.LogCaptureFixture
+) -> None:
+    esp.script(DOWN)
+    odd = message()
+    odd.merge_metadata = {"to@example.com": {"f": Stage.FIRST}}
+    error = fail_to_send(odd)
+    assert "to@example.com" not in caplog.text
+    assert "merge_metadata[...]" in words(error)
+
+
+class Stage(str, Enum):
+    """JSON has it as "first", a text as "Stage.FIRST": it cannot be kept exactly."""
+
+    FIRST = "first"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_database_that_is_down_is_asked_once(esp_site: Site, esp: LocalEsp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time may take its connect timeout, and the caller waits."""
+    esp.script(DOWN)
+    asked: list[str] = []
+
+    def get_new_connection(self: Any, params: Any) -> Any:
+        asked.append(self.alias)
+        raise OperationalError("down")
+
+    monkeypatch.setattr(type(connections["default"]), "get_new_connection", get_new_connection)
+    errors: list[Any] = []
+    thread = threading.Thread(target=lambda: errors.append(fail_to_send(message())))  # one without a connection
+    thread.start()
+    thread.join()
+    assert "OperationalError: down" in words(errors[0])
+    assert asked == ["default"]

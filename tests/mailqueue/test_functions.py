@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
+from django.core.mail import EmailMessage
 from django.db import DatabaseError, connection
 
 import anymail_retry
+from anymail_retry import send_mail
 from anymail_retry.exceptions import MessageNotQueueable
+from anymail_retry.mailqueue.functions import store
 from anymail_retry.mailqueue.serialization import unpack
 from anymail_retry.mailqueue.worker import Worker
 from anymail_retry.models import QueuedMessage
@@ -367,3 +370,27 @@ def test_nothing_deprecated_of_djangos_is_used(mandrill: Site) -> None:
         warnings.simplefilter("error")
         anymail_retry.send_mail("Hello", "Text", FROM, TO, True, None, None, None, "<p>Text</p>")
     assert len(rows()) == 1
+
+
+class Unstorable(EmailMessage):
+    def message(self, *args: Any, **kwargs: Any) -> Any:
+        return super().message(*args, **kwargs)
+
+
+@pytest.mark.django_db
+def test_many_that_fail_silently_lose_only_those_that_cannot_be_stored(
+    mandrill: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [EmailMessage(f"good {number}", "Body", None, ["to@example.com"]) for number in range(2)]
+    bad = Unstorable("bad", "Body", None, ["to@example.com"])
+    nobody = EmailMessage("nobody", "Body", None, [])
+    stored = store([good[0], bad, nobody, good[1]], mailer=MANDRILL, fail_silently=True)
+    assert [row and row.subject for row in stored] == ["good 0", None, None, "good 1"]
+    (record,) = caplog.records
+    assert "not queued: MessageNotQueueable: message(): Unstorable overrides it" in record.getMessage()
+
+
+def test_priority_in_the_place_where_django_mailer_has_it_is_an_error(mandrill: Site) -> None:
+    """Else it would be taken for "fail silently"."""
+    with pytest.raises(TypeError, match=r"Write: priority=\.\.\."):
+        send_mail("Subject", "Body", None, ["to@example.com"], "high")  # type: ignore[arg-type]  # the mistake

@@ -5,9 +5,12 @@ from __future__ import annotations
 import smtplib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from http.client import IncompleteRead
+from socket import gaierror
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+import requests
 from anymail.exceptions import AnymailRequestsAPIError
 from anymail.signals import pre_send
 from django.core import mail
@@ -192,6 +195,26 @@ def test_one_call_takes_one_connection(smtp_site: Site, smtp: SmtpServer) -> Non
     assert smtp_site.connection().send_messages([message("1"), message("2")]) == 2
     assert smtp.connections == 1
     smtp.wait_until_nobody_is_connected()
+
+
+@pytest.mark.django_db
+def test_connection_that_cannot_be_opened_is_no_reason_to_lose_what_should_go_over_it(
+    smtp_site: Site, smtp: SmtpServer
+) -> None:
+    """``with get_connection() as connection`` is Django's own way to send several messages."""
+    smtp.stop_listening()
+    with smtp_site.connection() as opened:
+        assert opened.send_messages([message("one"), message("two")]) == 2
+    assert [(row.subject, row.verdict) for row in rows()] == [("one", "refused"), ("two", "refused")]
+
+
+@pytest.mark.django_db
+def test_connection_without_the_queue_that_cannot_be_opened_raises(site: Site, smtp: SmtpServer) -> None:
+    site.smtp(smtp.port, wrapper="fallback")
+    site.settings.EMAIL_FALLBACK_QUEUE = False
+    smtp.stop_listening()
+    with pytest.raises(ConnectionRefusedError), site.connection():
+        pass
 
 
 @pytest.mark.django_db(transaction=True)
@@ -407,6 +430,80 @@ def test_error_that_nobody_anticipated_is_raised_and_not_queued(site: Site) -> N
     assert rows() == []
 
 
+def http_error(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code, response._content = status, b"the words"
+    return requests.HTTPError(f"{status} of an API", response=response)
+
+
+class ThrottlingError(Exception):
+    """As botocore's ``ClientError``: no OSError, and its answer is a dict."""
+
+    response: ClassVar = {"Error": {"Code": "Throttling"}, "ResponseMetadata": {"HTTPStatusCode": 429}}
+
+
+class ApiBackend(BaseEmailBackend):
+    """Somebody's back end for somebody's HTTP API."""
+
+    error: Exception
+
+    def send_messages(self, email_messages: Any) -> int:
+        raise self.error
+
+
+def chained(cause: Exception) -> Exception:
+    """As a library of its own kind raises it: httpx, aiohttp, botocore."""
+    error = RuntimeError("the call failed")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("error", "verdict", "status"),
+    [
+        pytest.param(http_error(429), "refused", 429, id="429"),
+        pytest.param(http_error(503), "ambiguous", 503, id="503: nobody knows this API's facts"),
+        pytest.param(http_error(401), "blocked", 401, id="401"),
+        pytest.param(ThrottlingError(), "refused", 429, id="boto3's throttling"),
+        pytest.param(IncompleteRead(b""), "ambiguous", None, id="half an answer"),
+        pytest.param(requests.ReadTimeout("slow"), "ambiguous", None, id="requests' read timeout"),
+        pytest.param(requests.ConnectTimeout("slow"), "refused", None, id="requests' connect timeout"),
+        pytest.param(chained(ConnectionResetError()), "ambiguous", None, id="a reset, under another name"),
+        pytest.param(chained(gaierror("no such host")), "refused", None, id="no name, under another name"),
+    ],
+)
+def test_http_api_of_anybody_is_understood(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception, verdict: str, status: int | None
+) -> None:
+    site.behind("fallback", f"{__name__}.ApiBackend")
+    monkeypatch.setattr(ApiBackend, "error", error, raising=False)
+    assert message().send() == 1
+    (row,) = rows()
+    assert (row.verdict, row.http_status) == (verdict, status)
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(http_error(400), id="400: this message can never go"),
+        pytest.param(ValueError("no"), id="programming error"),
+        pytest.param(chained(FileNotFoundError("template.html")), id="a file that is missing is not the network"),
+        pytest.param(ImproperlyConfigured(ConnectionResetError()), id="configuration"),
+    ],
+)
+def test_what_time_does_not_cure_of_an_http_api_is_raised(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    site.behind("fallback", f"{__name__}.ApiBackend")
+    monkeypatch.setattr(ApiBackend, "error", error, raising=False)
+    with pytest.raises(type(error)) as caught:
+        message().send()
+    assert caught.value is error
+    assert rows() == []
+
+
 class StubbornBackend(BaseEmailBackend):
     """It sends, and cannot end."""
 
@@ -499,6 +596,34 @@ def test_queue_first_that_fails_silently_says_so_in_the_log(site: Site, caplog: 
     assert site.connection(fail_silently=True).send_messages([sent]) == 0
     assert not hasattr(sent, "queued_message")
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+@pytest.mark.django_db
+def test_queue_first_that_fails_silently_stores_the_others(site: Site) -> None:
+    site.behind("queued", MANDRILL)
+    messages = [message("one"), Signed("two", "Body", "from@example.com", ["to@example.com"]), message("three")]
+    assert site.connection(fail_silently=True).send_messages(messages) == 2
+    assert [row.subject for row in rows()] == ["one", "three"]
+    assert [hasattr(each, "queued_message") for each in messages] == [True, False, True]
+    assert messages[2].queued_message.subject == "three"
+
+
+@pytest.mark.django_db
+def test_message_that_is_not_stored_tells_nothing_of_an_earlier_time(site: Site) -> None:
+    site.behind("queued", MANDRILL)
+    sent = message()
+    assert sent.send() == 1
+    sent.tags = {object()}
+    assert site.connection(fail_silently=True).send_messages([sent]) == 0
+    assert not hasattr(sent, "queued_message")
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("wrapper", ["fallback", "queued"])
+def test_no_messages_are_nothing(site: Site, wrapper: str) -> None:
+    site.behind(wrapper, "django.core.mail.backends.locmem.EmailBackend")
+    assert site.connection().send_messages(None) == 0
+    assert site.connection().send_messages([]) == 0
 
 
 @pytest.mark.django_db
