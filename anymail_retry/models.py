@@ -46,6 +46,8 @@ class QueuedMessage(models.Model):
     claimed_at = UTCDateTimeField(null=True, blank=True)
     #: Counted at the claim, so that a message that kills its worker is counted too.
     attempt_count = models.PositiveIntegerField(default=0)
+    #: The last so many claims ended without a result: their workers died, or lost the row.
+    lost_count = models.PositiveSmallIntegerField(default=0)
     #: Bytes of payload and attachments: what a claim's memory is bounded by.
     size = models.PositiveIntegerField(default=0)
     attachment_count = models.PositiveIntegerField(default=0)

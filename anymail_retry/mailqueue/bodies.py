@@ -14,9 +14,10 @@ import hashlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 
-from django.db import connections
+from django.db import connections, transaction
 
 from ..exceptions import MessageNotQueueable
 from ..models import AttachmentBody, MessageAttachment
@@ -139,7 +140,11 @@ def load(alias: str, messages: Collection[int]) -> dict[int, list[tuple[int, str
         .order_by("message_id", "position")
         .values_list("message_id", "body_id", "body__digest", "body__data")
     )
-    for message, body, digest, data in links.iterator():
-        if data is not None:
-            found.setdefault(message, []).append((body, digest, once.setdefault(body, bytes(data))))
+    # Row by row. On PostgreSQL that is a cursor, which must not outlive a transaction: a pooler may have another server
+    # answer what follows.
+    is_postgresql = connections[alias].vendor == "postgresql"
+    with transaction.atomic(using=alias, savepoint=False) if is_postgresql else nullcontext():
+        for message, body, digest, data in links.iterator():
+            if data is not None:
+                found.setdefault(message, []).append((body, digest, once.setdefault(body, bytes(data))))
     return found

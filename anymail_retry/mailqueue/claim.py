@@ -23,7 +23,8 @@ from ..models import QueuedMessage
 from . import bodies
 from .clock import DatabaseClock
 from .database import may_skip_locked, own_transaction
-from .schedule import Policy, Row
+from .fields import UTCDateTimeField
+from .schedule import SUSPECT_AFTER, Policy, Row, is_expired
 from .states import WAITING, Origin, Priority, State
 
 #: Seconds for which a scan starts where the last claim found its first row; then it starts at the beginning again,
@@ -43,6 +44,8 @@ class Job:
     mailer: str
     priority: int
     number: int
+    #: The last so many claims before this one ended without a result.
+    lost: int
     origin: str
     #: Since when it may be sent.
     waits_since: datetime
@@ -55,6 +58,12 @@ class Job:
     payload: str | None
     #: Until when the row is ours, by the steady clock. Moves on when the lease is renewed.
     leased_until: float
+    #: By when it is to be looked at if it is given back: what it was claimed by.
+    due_at: datetime
+    #: When it expires, by the steady clock.
+    expires_at_moment: float | None = None
+    #: It was expired when it was claimed: nothing is to be sent.
+    claimed_expired: bool = False
     #: Its last worker died, or lost it, and may have begun to send it.
     recovered: bool = False
     #: When that worker claimed it.
@@ -73,13 +82,17 @@ class Job:
     #: Its thread is done with it.
     is_answered: bool = False
 
+    def is_expired(self, now: float) -> bool:
+        """Whether it is too late to begin, by the steady clock."""
+        return self.expires_at_moment is not None and self.expires_at_moment <= now
+
     def lasts_too_long(self, now: float, send_max: float) -> bool:
         """Whether it has been under way for longer than any send may be."""
         return self.began_at is not None and not self.is_answered and now - self.began_at > send_max
 
     @property
     def row(self) -> Row:
-        return Row(self.number, self.waits_since, self.expires_at, self.on_ambiguous)
+        return Row(self.number, self.waits_since, self.expires_at, self.on_ambiguous, self.lost)
 
     @property
     def is_whole(self) -> bool:
@@ -106,16 +119,39 @@ class Candidate:
     maybe_taken_since: datetime | None
     key_used_since: datetime | None
     claimed_at: datetime | None
+    expires_at: datetime | None
+    lost_count: int
+
+    @property
+    def is_lapsed(self) -> bool:
+        """Its lease has ended without a result."""
+        return self.state == State.SENDING
+
+    @property
+    def is_suspect(self) -> bool:
+        """It was there when several workers died, and may be why: what is claimed with it could die again."""
+        return self.is_lapsed and self.lost_count >= SUSPECT_AFTER
 
     def may_be_held(self, policy: Policy, now: datetime) -> bool:
         """Whether its next ambiguous attempt would leave it to a person, so that it must be begun once claimed."""
         delivery = Delivery("?", maybe_taken_since=self.maybe_taken_since, key_used_since=self.key_used_since)
-        if self.state == State.SENDING and self.claimed_at is not None:
+        if self.is_lapsed and self.claimed_at is not None:
             delivery.remember(self.claimed_at)
         return policy.holds(self.on_ambiguous, delivery, now)
 
 
-CANDIDATE = ("id", "due_at", "state", "size", "on_ambiguous", "maybe_taken_since", "key_used_since", "claimed_at")
+CANDIDATE = (
+    "id",
+    "due_at",
+    "state",
+    "size",
+    "on_ambiguous",
+    "maybe_taken_since",
+    "key_used_since",
+    "claimed_at",
+    "expires_at",
+    "lost_count",
+)
 
 
 @dataclass(frozen=True)
@@ -126,12 +162,14 @@ class Wanted:
     :param size: and so many bytes, but always one row.
     :param at_once: how many threads would begin at once; bounds the rows that may be held.
     :param without: ids not to take.
+    :param suspects: whether a message may be among them that is suspected of killing its workers. One at a time.
     """
 
     rows: int
     size: int
     at_once: int
     without: Collection[int] = ()
+    suspects: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,6 +181,7 @@ class _Won:
     lease: int
     moment: float
     policy: Policy
+    prepare: Callable[[Sequence[Job]], None]
 
 
 @dataclass
@@ -186,20 +225,29 @@ class Claimer:
                 return names
             names.append(name)
 
-    def claim(self, mailer: str, wanted: Wanted, policy: Policy, *, admit: Callable[[int], int] | None = None) -> Claim:
+    def claim(
+        self,
+        mailer: str,
+        wanted: Wanted,
+        policy: Policy,
+        *,
+        admit: Callable[[int], int] | None = None,
+        prepare: Callable[[Sequence[Job]], None] = lambda jobs: None,
+    ) -> Claim:
         """Take due rows of one mailer, of high priority first.
 
-        :param admit: called in the claim's transaction with the number of rows that were found; says how many of
-            them may be taken. What it wrote is undone if none is won.
+        :param admit: called in the claim's transaction with the number of rows that were found and have not expired;
+            says how many of them may be taken. What it wrote is undone if none is won.
+        :param prepare: called with the jobs once they are loaded, which after a connection broke is later.
         """
         if self._may_skip_locked():
             with own_transaction(self.alias):
                 candidates, left = self._choose(mailer, wanted, policy, lock=True)
-                won = self._take(mailer, candidates, policy, admit)
+                won = self._take(mailer, candidates, policy, admit, prepare)
         else:
             candidates, left = self._choose(mailer, wanted, policy, lock=False)
             with own_transaction(self.alias) if candidates else nullcontext():
-                won = self._take(mailer, candidates, policy, admit)
+                won = self._take(mailer, candidates, policy, admit, prepare)
         if not won:
             self._unfinished = None
         _, jobs = self.finish()
@@ -217,6 +265,7 @@ class Claimer:
         won = self._unfinished
         jobs = self._load(won)
         self._renew_keys(jobs, won.policy, self.clock.at(won.moment))
+        won.prepare(jobs)
         self._unfinished = None
         return won.mailer, jobs
 
@@ -226,15 +275,20 @@ class Claimer:
         chosen: list[Candidate] = []
         left = 0
         size = 0
+        suspects = wanted.suspects
         for priority in Priority.values:
             for candidate in self._read(mailer, priority, now, wanted.rows - len(chosen), wanted.without, lock):
                 if candidate.id in wanted.without:
                     continue
+                if len(chosen) >= wanted.rows:
+                    break
                 if chosen and size + candidate.size > wanted.size:
                     return chosen, left
-                if candidate.may_be_held(policy, now) and len(chosen) >= wanted.at_once:
+                beyond_the_threads = candidate.may_be_held(policy, now) and len(chosen) >= wanted.at_once
+                if beyond_the_threads or (candidate.is_suspect and not suspects):
                     left += 1
                     continue
+                suspects = suspects and not candidate.is_suspect
                 chosen.append(candidate)
                 size += candidate.size
             if len(chosen) >= wanted.rows:
@@ -268,20 +322,32 @@ class Claimer:
             self.forget_floors()
         return self._floors.get((mailer, priority))
 
+    def has_floor(self, mailer: str) -> bool:
+        """Whether a scan of this mailer's rows would not begin at the first."""
+        return any(name == mailer for name, _ in self._floors)
+
     def forget_floors(self) -> None:
         self._floors.clear()
         self._floors_since = self.clock.steady()
 
     def _take(
-        self, mailer: str, candidates: Sequence[Candidate], policy: Policy, admit: Callable[[int], int] | None
+        self,
+        mailer: str,
+        candidates: Sequence[Candidate],
+        policy: Policy,
+        admit: Callable[[int], int] | None,
+        prepare: Callable[[Sequence[Job]], None],
     ) -> int:
         """Make them ours, as far as nobody else was faster; how many that were."""
         if not candidates:
             return 0
         if admit is not None:
-            candidates = candidates[: admit(len(candidates))]
-        waiting = [candidate.id for candidate in candidates if candidate.state != State.SENDING]
-        lapsed = [candidate.id for candidate in candidates if candidate.state == State.SENDING]
+            now = self.clock.now()
+            expired = [candidate for candidate in candidates if is_expired(candidate.expires_at, now)]
+            live = [candidate for candidate in candidates if not is_expired(candidate.expires_at, now)]
+            candidates = expired + (live[: admit(len(live))] if live else [])
+        waiting = [candidate.id for candidate in candidates if not candidate.is_lapsed]
+        lapsed = [candidate.id for candidate in candidates if candidate.is_lapsed]
         lease = random.getrandbits(62) + 1  # tells claims apart, guards nothing secret
         moment = self.clock.steady()
         now = self.clock.at(moment)
@@ -292,7 +358,9 @@ class Claimer:
             "due_at": now + timedelta(seconds=self.lease),
             "attempt_count": F("attempt_count") + 1,
         }
-        self._unfinished = _Won(mailer, {candidate.id: candidate for candidate in candidates}, lease, moment, policy)
+        self._unfinished = _Won(
+            mailer, {candidate.id: candidate for candidate in candidates}, lease, moment, policy, prepare
+        )
         won = 0
         if waiting:
             due = self.rows.filter(id__in=waiting, due_at__lte=now, state__in=WAITING)
@@ -301,7 +369,7 @@ class Claimer:
             due = self.rows.filter(id__in=lapsed, due_at__lte=now, state=State.SENDING)
             # Before claimed_at, because MySQL assigns from left to right.
             taken = {name: Coalesce(name, "claimed_at") for name in ("maybe_taken_since", "key_used_since")}
-            won += due.update(**taken, **ours)
+            won += due.update(**taken, **ours, lost_count=F("lost_count") + 1)
         if not won:
             transaction.set_rollback(True, using=self.alias)  # nothing was written, save by admit()
         return won
@@ -312,6 +380,7 @@ class Claimer:
             "id",
             "priority",
             "attempt_count",
+            "lost_count",
             "origin",
             "is_report",
             "created_at",
@@ -332,6 +401,7 @@ class Claimer:
             id_,
             priority,
             number,
+            lost,
             origin,
             is_report,
             created,
@@ -346,15 +416,16 @@ class Claimer:
             size,
             count,
             payload,
-        ) in loaded.iterator():
+        ) in loaded:
             was = won.candidates[id_]
-            recovered = was.state == State.SENDING and taken is not None
+            recovered = was.is_lapsed and taken is not None
             jobs[id_] = Job(
                 id=id_,
                 lease=won.lease,
                 mailer=won.mailer,
                 priority=priority,
                 number=number,
+                lost=lost,
                 origin=origin,
                 is_report=is_report,
                 waits_since=max(created, not_before or created),
@@ -372,6 +443,9 @@ class Claimer:
                 attachment_count=count,
                 payload=payload,
                 leased_until=won.moment + self.lease,
+                due_at=was.due_at,
+                expires_at_moment=None if expires is None else self.clock.moment(expires),
+                claimed_expired=is_expired(expires, self.clock.at(won.moment)),
                 recovered=recovered,
                 recovered_from=was.claimed_at if recovered else None,
             )
@@ -425,10 +499,9 @@ class Claimer:
         return lost
 
     def give_back(self, jobs: Collection[Job]) -> None:
-        """Return rows that were not begun, in one UPDATE, as if they had never been claimed."""
+        """Return rows that were not begun, in one UPDATE, each to its old place in the queue."""
         if not jobs:
             return
-        now = self.clock.now()
         with own_transaction(self.alias):
             self.rows.filter(
                 id__in=[job.id for job in jobs], lease__in={job.lease for job in jobs}, state=State.SENDING
@@ -441,7 +514,10 @@ class Claimer:
                 ),
                 attempt_count=F("attempt_count") - 1,
                 lease=None,
-                due_at=now,
+                due_at=Case(
+                    *[When(id=job.id, then=Value(job.due_at, output_field=UTCDateTimeField())) for job in jobs],
+                    output_field=UTCDateTimeField(),
+                ),
             )
 
     def _may_skip_locked(self) -> bool:

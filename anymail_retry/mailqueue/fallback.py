@@ -259,7 +259,7 @@ class FallbackQueueMixin(_Base):
 
     def breaker_is_on_by_default(self) -> bool:
         """Also in the worker, whose mailer then pauses."""
-        return self._queue_is_on
+        return self._queue_is_on and not self.own_options  # whose messages are not queued
 
     def send_messages(self, email_messages: Iterable[EmailMessage]) -> int:
         if self.fallback is None or not email_messages:
@@ -267,7 +267,7 @@ class FallbackQueueMixin(_Base):
         opened = self.open()
         try:
             return self.fallback.send_all(
-                email_messages, self._send, fail_silently=self.fail_silently, anticipated=(AnymailError,)
+                email_messages, self._send, fail_silently=self.fail_silently, anticipated=(AnymailError, OSError)
             )
         finally:
             if opened:

@@ -137,26 +137,35 @@ def end_probe(
 # --- rate ---
 
 
-def slots(next_slot: datetime | None, *, rate: float, wanted: int, now: datetime) -> list[datetime]:
+def slots(
+    next_slot: datetime | None, *, rate: float, wanted: int, now: datetime, horizon: float = SLOT_HORIZON
+) -> list[datetime]:
     """The next free send slots within the horizon, at most as many as wanted.
 
     :param rate: sends per second.
     """
     width = timedelta(seconds=SLOT_WIDTH / rate)
     first = max(now, next_slot) if next_slot else now
-    free = (now + timedelta(seconds=SLOT_HORIZON) - first) // width + 1
+    free = (now + timedelta(seconds=horizon) - first) // width + 1
     return [first + width * number for number in range(max(0, min(free, wanted)))]
 
 
 def reserve(
-    alias: str, mailer: str, state: MailerState | None, *, rate: float, wanted: int, now: datetime
+    alias: str,
+    mailer: str,
+    state: MailerState | None,
+    *,
+    rate: float,
+    wanted: int,
+    now: datetime,
+    horizon: float = SLOT_HORIZON,
 ) -> list[datetime]:
     """Reserve send slots, for all workers to see. Fewer than wanted, or none: they are taken within the horizon, or
     another worker was faster."""
     if state is None:
         ensure(alias, mailer)
     next_slot = state.next_slot if state else None
-    reserved = slots(next_slot, rate=rate, wanted=wanted, now=now)
+    reserved = slots(next_slot, rate=rate, wanted=wanted, now=now, horizon=horizon)
     if not reserved:
         return []
     after = reserved[-1] + timedelta(seconds=SLOT_WIDTH / rate)

@@ -18,6 +18,10 @@ EXPIRED = "expired"
 TOO_OLD = "too old"
 TOO_MANY_ATTEMPTS = "too many attempts"
 AMBIGUOUS = "maybe taken"
+LOST_TOO_OFTEN = "its worker died each time"
+
+#: Claims in a row that ended without a result, after which a message is suspected of killing its workers.
+SUSPECT_AFTER, HELD_AFTER = 1, 6
 
 #: Seconds of the longest Retry-After that is believed: 30 days.
 LONGEST_WAIT = 30 * 86400.0
@@ -78,12 +82,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class Row:
-    """What deciding needs to know of a row."""
+    """What deciding needs to know of a row.
+
+    :param attempts: claims so far, the present one included.
+    :param lost: the last so many of those before it ended without a result.
+    """
 
     attempts: int
     waits_since: datetime
     expires_at: datetime | None = None
     on_ambiguous: str = ""
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,15 +146,18 @@ def fate(
 
 
 def fate_of_recovered(delivery: Delivery, row: Row, policy: Policy, now: datetime) -> Fate | None:
-    """What a row becomes whose worker died and may have begun to send it; None: it is sent now."""
+    """What a row becomes whose worker died and may have begun to send it; None: it is sent now.
+
+    A worker that dies may have claimed a hundred rows and begun none of them, so neither age nor attempts count here;
+    but a message that was there each time a worker died is kept from the next one.
+    """
     if policy.holds(row.on_ambiguous, delivery, now):
         return Fate(State.HELD, AMBIGUOUS)
-    given_up = _given_up(row, policy, now)
-    return Fate(State.FAILED, given_up) if given_up else None
+    return Fate(State.HELD, LOST_TOO_OFTEN) if row.lost >= HELD_AFTER else None
 
 
 def _given_up(row: Row, policy: Policy, now: datetime) -> str:
-    if policy.max_attempts is not None and row.attempts >= policy.max_attempts:
+    if policy.max_attempts is not None and row.attempts - row.lost >= policy.max_attempts:
         return TOO_MANY_ATTEMPTS
     if policy.max_age is not None and now - row.waits_since >= timedelta(seconds=policy.max_age):
         return TOO_OLD

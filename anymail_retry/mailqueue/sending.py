@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
@@ -31,15 +32,16 @@ LARGEST_SHARE = 0.75
 #: Seconds for which a mailer counts as having mail after its last.
 ACTIVE_FOR = 600.0
 
-#: Seconds without work after which a thread closes the connections of its back ends.
+#: Seconds without work after which a thread closes its connections, and without work for a mailer the one to it: a
+#: server that has closed it meanwhile would make an ambiguous failure of the next send.
 IDLE = 10.0
 
 
 class Inbox:
     """Claimed rows that wait for a thread, and the choice of the next one.
 
-    The mailer with the fewest sends under way comes first, and none takes more than three quarters of the threads
-    while another has mail: an ESP that answers slowly must not starve a healthy one.
+    The mailer with the fewest sends under way comes first, and of these the one that waits for longest. None takes more
+    than three quarters of the threads while another has mail: an ESP that answers slowly must not starve a healthy one.
     """
 
     def __init__(self, threads: int, steady: Callable[[], float]) -> None:
@@ -49,6 +51,8 @@ class Inbox:
         self._changed = threading.Condition()
         self._waiting: dict[str, dict[int, deque[Job]]] = {}
         self._in_flight: dict[str, int] = {}
+        self._turns = itertools.count(1)
+        self._last_turn: dict[str, int] = {}
         self._active_at: dict[str, float] = {}
         self._stopped: set[str] = set()
         self._closed = False
@@ -152,7 +156,9 @@ class Inbox:
         """The next job that may begin now; or when the first of the others may."""
         now = self._steady()
         next_start: float | None = None
-        for mailer in sorted(self._waiting, key=lambda name: self._in_flight.get(name, 0)):
+        for mailer in sorted(
+            self._waiting, key=lambda name: (self._in_flight.get(name, 0), self._last_turn.get(name, 0))
+        ):
             if mailer in self._stopped or self._in_flight.get(mailer, 0) >= self._share(mailer):
                 continue
             lanes = self._waiting[mailer]
@@ -165,6 +171,7 @@ class Inbox:
                     continue
                 job = lane.popleft()
                 self._in_flight[mailer] = self._in_flight.get(mailer, 0) + 1
+                self._last_turn[mailer] = next(self._turns)
                 job.began_at = now
                 return job, None
         return None, next_start
@@ -178,7 +185,7 @@ class Closed(Exception):  # a message between threads, not an error
 class Sent:
     """What a thread has to say about a job.
 
-    :param outcome: None: not begun, because too little of the lease was left.
+    :param outcome: None: not begun, because too little of the lease was left, or it has expired.
     :param began_at: by the steady clock.
     """
 
@@ -216,24 +223,25 @@ class Sender(threading.Thread):
         self.lease_needed = lease_needed
         self.cipher = cipher
         self._backends: dict[str, BaseEmailBackend] = {}
+        self._used_at: dict[str, float] = {}
 
     def run(self) -> None:
         try:
             while True:
                 job = self.inbox.take(timeout=IDLE)
                 if job is None:
-                    self._close_backends()
+                    self._close_everything()
                     continue
                 began = self.steady()
                 outcome = None
-                if job.leased_until - began >= self.lease_needed:
+                if job.leased_until - began >= self.lease_needed and not job.is_expired(began):
                     outcome = self._send(job)
                     if gate.block(outcome) is not None:
                         self.inbox.stop(job.mailer)  # the others that wait would only meet the same
                 self.inbox.done(job)
                 self.report(Sent(job, outcome, began, self.steady() - began))
         except Closed:
-            self._close_backends()
+            self._close_everything()
 
     def _send(self, job: Job) -> Outcome:
         """Send one message. Whatever goes wrong is this message's own outcome."""
@@ -273,6 +281,10 @@ class Sender(threading.Thread):
             _close_connections()
 
     def _backend(self, mailer: str) -> BaseEmailBackend:
+        now = self.steady()
+        if now - self._used_at.get(mailer, now) > IDLE:
+            self._drop_backend(mailer)
+        self._used_at[mailer] = now
         if mailer not in self._backends:
             backend = self.mailers[mailer].make()
             if hasattr(backend, "deliver"):
@@ -283,9 +295,10 @@ class Sender(threading.Thread):
     def _drop_backend(self, mailer: str) -> None:
         _close(self._backends.pop(mailer, None))
 
-    def _close_backends(self) -> None:
+    def _close_everything(self) -> None:
         for mailer in list(self._backends):
             self._drop_backend(mailer)
+        connections.close_all()  # this thread's own, which a receiver may have opened
 
 
 def _log_resend(job: Job, key_window: float | None) -> None:

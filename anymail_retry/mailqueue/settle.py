@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from django.db import connections
@@ -40,6 +41,7 @@ COLUMNS = (
     "due_at",
     "ended_at",
     "attempt_count",
+    "lost_count",
     "key",
     "key_from_user",
     "maybe_taken_since",
@@ -177,25 +179,26 @@ class Settler:
                 self._delete_content([result.job for result in facts])
         return written
 
-    def announce(self, results: Iterable[Result]) -> None:
-        """Log and signal results that are written and committed; but not those of reports."""
+    def announce(self, results: Iterable[Result]) -> list[Callable[[], None]]:
+        """Log results that are written and committed, and give the calls by which receivers hear of them. Neither of
+        reports.
+
+        The calls are left to the worker, because receivers may take their time.
+        """
         results = [result for result in results if not result.job.is_report]
-        for result in results:
-            _log(result)
         heard = [
             result
             for result in results
             if (signal := SIGNALS.get(result.fate.state)) is not None and signal.has_listeners(QueuedMessage)
         ]
-        if heard:
-            rows = QueuedMessage.objects.using(self.alias).in_bulk([result.job.id for result in heard])
-            for result in heard:
-                row = rows.get(result.job.id)
-                if row is not None:
-                    with reporting():
-                        SIGNALS[result.fate.state].send_robust(
-                            QueuedMessage, queued_message=row, message=None, outcome=result.outcome
-                        )
+        rows = QueuedMessage.objects.using(self.alias).in_bulk([result.job.id for result in heard]) if heard else {}
+        for result in results:
+            _log(result)
+        return [
+            partial(_signal, result, rows[result.job.id])
+            for result in heard
+            if result.job.id in rows  # not deleted meanwhile
+        ]
 
     def _write_delivered(self, results: Sequence[Result], now: datetime) -> None:
         # Without the lease, over any state: another worker may have the row by now, and must not undo this.
@@ -231,6 +234,7 @@ class Settler:
             "due_at": fate.due_at,
             "ended_at": now if fate.state in (State.FAILED, State.CANCELLED) else None,
             "attempt_count": job.number if outcome is not None else job.number - 1,
+            "lost_count": job.lost if outcome is None else 0,
             "key": delivery.key,
             "key_from_user": delivery.key_from_user,
             "maybe_taken_since": delivery.maybe_taken_since,
@@ -298,6 +302,11 @@ def _by_row(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
             output_field=model_field,
         )
     return expressions
+
+
+def _signal(result: Result, row: QueuedMessage) -> None:
+    with reporting():
+        SIGNALS[result.fate.state].send_robust(QueuedMessage, queued_message=row, message=None, outcome=result.outcome)
 
 
 def _log(result: Result) -> None:

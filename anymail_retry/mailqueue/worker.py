@@ -11,7 +11,7 @@ import queue
 import random
 import socket
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -30,7 +30,7 @@ from .lanes import LOW_MARK, Lane, Lanes
 from .schedule import Fate
 from .sending import LARGEST_SHARE, Inbox, Sender, Sent
 from .settle import Result, Settler
-from .states import State
+from .states import OnAmbiguous, State
 from .wakeup import listening
 
 logger = get_logger("queue")
@@ -71,6 +71,10 @@ class Totals:
     @property
     def done(self) -> int:
         return self.sent + self.deferred + self.failed + self.held + self.cancelled
+
+
+class WorkerStuck(RuntimeError):
+    """Every thread of a worker hangs in a send, so it can deliver nothing more. The process should be started anew."""
 
 
 class Worker:
@@ -126,6 +130,8 @@ class Worker:
         self._held: dict[int, Job] = {}  # claimed and not settled, by id
         self._returned: list[Job] = []  # to be given back
         self._aftermath: deque[Callable[[], None]] = deque()  # what is still to do about results that are written
+        self._announcements: deque[Callable[[], None]] = deque()  # receivers that are still to be called
+        self._hung: set[Job] = set()  # written off, and still under way
         self._reports: deque[Sent] = deque()
         self._heard: queue.SimpleQueue[Collection[str]] = queue.SimpleQueue()  # mailers that have due mail
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put() may be called in a signal handler
@@ -134,6 +140,7 @@ class Worker:
         self._tidied_at = steady()
         self._trouble = 0
         self._trouble_until = 0.0
+        self._ending = False
         self._stop_asked = False
         self._stop_now = False
 
@@ -143,6 +150,7 @@ class Worker:
         """Deliver until nothing is due.
 
         :raises django.db.Error: the database does not work, and nothing would be lost by giving up.
+        :raises WorkerStuck: every thread hangs.
         """
         return self._work(forever=False)
 
@@ -150,6 +158,8 @@ class Worker:
         """Deliver until stopped. A database that fails is tried again for ever.
 
         Looks for mail every ``EMAIL_QUEUE_POLL`` seconds and, on PostgreSQL, when it is notified of some.
+
+        :raises WorkerStuck: every thread hangs.
         """
         with listening(self.alias, self._hear):
             return self._work(forever=True)
@@ -160,7 +170,7 @@ class Worker:
         May be called from a signal handler, and from any thread.
         """
         self._stop_now = self._stop_asked
-        self._stop_asked = True
+        self._stop_asked = self._ending = True
         self._wake.put(None)
 
     @property
@@ -176,9 +186,10 @@ class Worker:
             while True:
                 self._collect()
                 if ends_at is not None and self.steady() >= ends_at:
-                    self._stop_asked = True
+                    self._ending, ends_at = True, None
                 if self.steady() >= self._trouble_until:
                     self._at_database(self._round, forever)
+                self._call_receivers()
                 if self._stop_now:
                     self._leave()
                     return self.totals
@@ -195,23 +206,24 @@ class Worker:
         """Whatever there is to do at the database now."""
         self._settle()
         while self._aftermath:
-            self._aftermath.popleft()()
+            self._aftermath[0]()
+            self._aftermath.popleft()  # not before it is done: a connection may break
         self._renew()
         self._finish_claim()
-        if self._stop_asked:
+        if self._ending:
             self._returned += self.inbox.remove()
         self._give_back()
-        if not self._stop_asked:
+        if not self._ending:
             self._refill()
             self._give_back()
             self._tidy()
 
     def _is_finished(self, forever: bool) -> bool:
-        if self._held or self._reports or self._aftermath or self._settler.due_at is not None:
+        if self._held or self._reports or self._aftermath or self._announcements or self._settler.due_at is not None:
             return False
         if self._claimer.is_unfinished:
             return False
-        if self._stop_asked:
+        if self._ending:
             return True
         return not forever and (self._is_at_limit() or self._lanes.are_empty())
 
@@ -236,8 +248,18 @@ class Worker:
         finally:
             self.in_database_since = None
 
+    def _call_receivers(self) -> None:
+        """Tell what became of messages, one receiver after the other: leases and results do not wait for them all."""
+        while self._announcements:
+            self._announcements.popleft()()
+            self._collect()
+            if self._is_settling_due() or self._is_renewing_due() or self._stop_now:
+                return
+
     def _sleep(self, ends_at: float | None) -> None:
         """Until there is something to do, or something to look at."""
+        if self._announcements:
+            return
         now = self.steady()
         if self._trouble_until > now:
             until = self._trouble_until
@@ -293,6 +315,9 @@ class Worker:
             sent = self._reports.popleft()
             job, outcome = sent.job, sent.outcome
             job.is_answered = True
+            if job in self._hung:
+                self._hung.discard(job)
+                self.inbox.threads -= 1
             if outcome is None:
                 self._returned.append(job)
                 continue
@@ -302,10 +327,13 @@ class Worker:
             fate = schedule.fate(outcome, job.delivery, job.row, lane.policy, answered_at)
             self._settler.add(Result(job, fate, outcome, self.clock.at(sent.began_at), sent.seconds))
 
+    def _is_settling_due(self) -> bool:
+        due_at = self._settler.due_at
+        return due_at is not None and (due_at <= self.steady() or self.inbox.is_idle() or self._ending)
+
     def _settle(self) -> None:
         """Write results, if it is time."""
-        due_at = self._settler.due_at
-        if due_at is None or (due_at > self.steady() and not self.inbox.is_idle() and not self._stop_asked):
+        if not self._is_settling_due():
             return
         results, written = self._settler.flush(self.clock.now())
         for result in results:
@@ -315,10 +343,13 @@ class Worker:
         if len(written) < len(results):
             lost = {result.job.id for result in results}.difference(result.job.id for result in written)
             logger.warning("results that came after their lease are dropped: messages %s", sorted(lost))
-        self._aftermath.append(partial(self._settler.announce, written))
+        self._aftermath.append(partial(self._announce, written))
         for result in filter(self._concerns_the_gate, results):
             self._aftermath.append(partial(self._tell_the_gate, result))
         self.on_progress(self.totals)
+
+    def _announce(self, results: Sequence[Result]) -> None:
+        self._announcements += self._settler.announce(results)
 
     def _concerns_the_gate(self, result: Result) -> bool:
         return result.job.probe is not None or (result.outcome is not None and gate.block(result.outcome) is not None)
@@ -349,15 +380,19 @@ class Worker:
             and gate.end_probe(self.alias, lane.state, job.probe, outcome, by=job.id, now=self.clock.now())
         ):
             logger.info("%s: probe with message %s: %s", job.mailer, job.id, outcome.verdict if outcome else None)
+        lane.empty, lane.poll_at = False, 0.0  # there may be mail that waited for this
         self._lanes.forget_states()
 
     # --- leases ---
 
+    def _is_renewing_due(self) -> bool:
+        return self.steady() - self._renewed_at >= self.lease / 3
+
     def _renew(self) -> None:
         """Move the leases on every third of one, of what waits and of what may still be under way."""
-        now = self.steady()
-        if now - self._renewed_at < self.lease / 3:
+        if not self._is_renewing_due():
             return
+        now = self.steady()
         renewable = []
         for job in list(self._held.values()):
             if not job.lasts_too_long(now, self.send_max):
@@ -372,7 +407,10 @@ class Worker:
         self._renewed_at = now
 
     def _write_off(self, job: Job) -> None:
-        """A send that lasts longer than any may: its row is left to whoever claims it, its thread replaced."""
+        """A send that lasts longer than any may: its row is left to whoever claims it, its thread replaced.
+
+        :raises WorkerStuck: so many hang that no thread is left to send.
+        """
         with reporting(job.is_report):
             logger.error(
                 "%s: message %s has been under way for more than EMAIL_QUEUE_SEND_MAX (%g s); given up waiting for it",
@@ -381,13 +419,17 @@ class Worker:
                 self.send_max,
             )
         self._forget(job)
-        if self.inbox.threads < 2 * self.threads:
-            self.inbox.threads += 1
+        self._hung.add(job)
+        if len(self._hung) >= 2 * self.threads:
+            raise WorkerStuck(f"{len(self._hung)} sends hang, and no thread is left")
+        self.inbox.threads += 1
 
     def _give_back(self) -> None:
         """Return what was not begun, for any worker to claim again."""
         jobs = [job for job in self._returned if self._held.get(job.id) is job]
         self._claimer.give_back(jobs)
+        if jobs:
+            self._claimer.forget_floors()  # they are due again, before what was claimed last
         self._returned.clear()
         self._claimed -= len(jobs)
         for job in jobs:
@@ -421,7 +463,7 @@ class Worker:
             claim = self._claim(lane)
             lane.left = claim.left
             if claim.found == 0:
-                if lane.called:
+                if lane.called or self._claimer.has_floor(lane.name):
                     self._look_again(lane)
                 else:
                     self._lanes.found_nothing(lane)
@@ -462,6 +504,7 @@ class Worker:
             size=self._room(lane),
             at_once=free,
             without={job.id for job in self._held.values() if job.leased_until <= self.steady()},
+            suspects=all(job.lost <= schedule.SUSPECT_AFTER for job in self._held.values()),
         )
         if lane.state is not None and lane.state.paused_until is not None:
             return self._claim_probe(lane, wanted)
@@ -480,14 +523,17 @@ class Worker:
             fence = gate.begin_probe(self.alias, state, now=self.clock.now(), lease=self.lease)
             return 0 if fence is None else 1
 
+        def prepare(jobs: Sequence[Job]) -> None:
+            for job in jobs:
+                job.probe = None if job.claimed_expired else fence
+
         # Not the message that was blocked, while another is due.
         others = replace(wanted, rows=1, without={*wanted.without, state.paused_by or 0})
-        claim = self._claimer.claim(lane.name, others, lane.policy, admit=admit)
+        claim = self._claimer.claim(lane.name, others, lane.policy, admit=admit, prepare=prepare)
         if not claim.found and state.paused_by is not None:
-            claim = self._claimer.claim(lane.name, replace(wanted, rows=1), lane.policy, admit=admit)
-        for job in claim.jobs:
-            job.probe = fence
-        if claim.jobs:
+            one = replace(wanted, rows=1)
+            claim = self._claimer.claim(lane.name, one, lane.policy, admit=admit, prepare=prepare)
+        if claim.jobs and fence is not None:
             state.paused_until = fence
         else:
             self._lanes.forget_states()
@@ -497,17 +543,23 @@ class Worker:
         """Claim no more than may begin under the rate limit, each at its own moment."""
         assert lane.rate is not None
         rate, starts = lane.rate, list[datetime]()
+        # What is claimed and not begun could be held for nothing.
+        horizon = 0.0 if lane.policy.on_ambiguous == OnAmbiguous.HOLD else gate.SLOT_HORIZON
 
         def admit(found: int) -> int:
             self._lanes.forget_states()
             now = self.clock.now()
-            starts[:] = gate.reserve(self.alias, lane.name, lane.state, rate=rate, wanted=found, now=now)
+            starts[:] = gate.reserve(
+                self.alias, lane.name, lane.state, rate=rate, wanted=found, now=now, horizon=horizon
+            )
             return len(starts)
 
-        claim = self._claimer.claim(lane.name, wanted, lane.policy, admit=admit)
-        for job, start in zip(claim.jobs, starts, strict=False):  # slots of rows that were lost are lost too
-            job.starts_at = self.clock.moment(start)
-        return claim
+        def prepare(jobs: Sequence[Job]) -> None:
+            live = [job for job in jobs if not job.claimed_expired]
+            for job, start in zip(live, starts, strict=False):  # slots of rows that were lost are lost too
+                job.starts_at = self.clock.moment(start)
+
+        return self._claimer.claim(lane.name, wanted, lane.policy, admit=admit, prepare=prepare)
 
     def _start(self, lane: Lane, jobs: Collection[Job]) -> None:
         """Hand claimed rows to the threads, save those about which there is nothing to send. No database work."""
@@ -529,7 +581,7 @@ class Worker:
     def _fate_without_sending(self, lane: Lane, job: Job, now: datetime) -> Fate | None:
         if lane.mailer is None:
             return Fate(State.HELD, lane.gone)
-        if schedule.is_expired(job.expires_at, now):
+        if job.claimed_expired or schedule.is_expired(job.expires_at, now):
             return Fate(State.FAILED, schedule.EXPIRED)
         if not job.is_whole:
             return Fate(State.HELD, "content or attachments are missing")

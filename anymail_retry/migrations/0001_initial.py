@@ -77,6 +77,7 @@ class Migration(migrations.Migration):
                 ("lease", models.BigIntegerField(blank=True, null=True)),
                 ("claimed_at", anymail_retry.mailqueue.fields.UTCDateTimeField(blank=True, null=True)),
                 ("attempt_count", models.PositiveIntegerField(default=0)),
+                ("lost_count", models.PositiveSmallIntegerField(default=0)),
                 ("size", models.PositiveIntegerField(default=0)),
                 ("attachment_count", models.PositiveIntegerField(default=0)),
                 ("origin", models.CharField(choices=[("fallback", "Fallback"), ("queued", "Queued")], max_length=8)),

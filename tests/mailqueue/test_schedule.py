@@ -187,8 +187,23 @@ def test_refused_row_does_not_hurry_for_its_key() -> None:
     assert found.due_at == NOW + timedelta(seconds=3600)
 
 
-def test_recovered_row_is_given_up_like_any_other() -> None:
-    many = fate_of_recovered(maybe_taken(0), row(attempts=3), Policy(max_attempts=3), NOW)
-    assert many is not None
-    assert (many.state, many.reason) == ("failed", schedule.TOO_MANY_ATTEMPTS)
-    assert fate_of_recovered(maybe_taken(0), row(), Policy(), NOW) is None
+@pytest.mark.parametrize(
+    ("facts", "policy", "reason"),
+    [
+        pytest.param({}, {}, None, id="sent now"),
+        pytest.param({"attempts": 9, "lost": 1}, {"max_attempts": 3}, None, id="its worker may have begun nothing"),
+        pytest.param({"waits_since": NOW - timedelta(days=9)}, {}, None, id="nor does age count before it was sent"),
+        pytest.param({"lost": schedule.HELD_AFTER - 1}, {}, None, id="there when workers died, and perhaps why"),
+        pytest.param({"lost": schedule.HELD_AFTER}, {}, schedule.LOST_TOO_OFTEN, id="there each time"),
+        pytest.param({}, {"on_ambiguous": "hold"}, schedule.AMBIGUOUS, id="may have been taken"),
+    ],
+)
+def test_recovered_row_is(facts: dict[str, Any], policy: dict[str, Any], reason: str | None) -> None:
+    found = fate_of_recovered(maybe_taken(0), row(**facts), Policy(**policy), NOW)
+    assert (found and (found.state, found.reason)) == (reason and ("held", reason))
+
+
+@pytest.mark.parametrize(("lost", "state"), [(0, "failed"), (1, "deferred")])
+def test_claims_without_a_result_are_no_attempts(lost: int, state: str) -> None:
+    facts = row(attempts=3, lost=lost)
+    assert fate(Outcome(Verdict.REFUSED), Delivery(), facts, Policy(max_attempts=3), NOW).state == state

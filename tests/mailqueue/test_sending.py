@@ -44,6 +44,8 @@ def job(mailer: str = PLAIN, priority: int = 2, **values: Any) -> Job:
             "mailer": mailer,
             "priority": priority,
             "number": 1,
+            "lost": 0,
+            "due_at": NOW,
             "origin": "queued",
             "waits_since": NOW,
             "expires_at": None,
@@ -106,6 +108,22 @@ def test_mailer_with_the_fewest_sends_under_way_is_next() -> None:
     take(box, 3)
     box.put([job(OTHER) for _ in range(5)])
     assert [one.mailer for one in take(box, 4)] == [OTHER, OTHER, OTHER, PLAIN]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_mailer_has_its_turn_though_there_are_as_many_as_threads(threads: int) -> None:
+    box = inbox(threads=threads)
+    for name in "abc":
+        box.put([job(name) for _ in range(20)])
+    order: list[str] = []
+    flying = take(box, threads)
+    while flying:
+        first = flying.pop(0)
+        order.append(first.mailer)
+        box.done(first)
+        flying += take(box, 1)
+    assert {order.count(name) for name in "abc"} == {20}
+    assert all(order[:9].count(name) == 3 for name in "abc")
 
 
 def test_one_thread_serves_everybody() -> None:
@@ -239,6 +257,28 @@ def test_idle_thread_closes_its_back_ends(script: Script, monkeypatch: pytest.Mo
     desk.send(job())
     assert len(script.opened) == 2
     desk.close()
+
+
+@pytest.mark.parametrize(("left", "begun"), [(60.0, True), (-0.001, False)])
+def test_nothing_is_begun_that_has_expired(desk: Desk, script: Script, left: float, begun: bool) -> None:
+    assert desk.send(job(expires_at_moment=steady() + left)) == [DELIVERED if begun else None]
+    assert bool(script.sends) is begun
+
+
+def test_connection_to_a_mailer_that_had_nothing_for_a_while_is_made_anew(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread was busy with others meanwhile; the server may have hung up, which an SMTP server does not say."""
+    monkeypatch.setattr(sending, "IDLE", 0.05)
+    desk = Desk()
+    desk.send(job(PLAIN))
+    end = steady() + 0.1
+    while steady() < end:
+        desk.send(job(OTHER))
+    desk.send(job(PLAIN))
+    desk.close()
+    plain = [backend for backend in script.opened if type(backend).__name__ == "PlainBackend"]
+    assert len(plain) == 2
 
 
 def test_nothing_is_begun_on_a_short_lease(desk: Desk, script: Script) -> None:

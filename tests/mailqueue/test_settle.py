@@ -366,7 +366,8 @@ def test_receivers_and_the_log_hear_of_it(
     caplog.clear()
     try:
         written = mine.settle([result(job, replace(outcome, answer="secret@example.com"))], NOW)
-        mine.announce(written)
+        for call in mine.announce(written):
+            call()
     finally:
         signal.disconnect(hear)
     assert heard == [(QueuedMessage, row.pk, name, replace(outcome, answer="secret@example.com"))]
@@ -382,7 +383,7 @@ def test_nobody_listening_costs_nothing() -> None:
     mine = settler()
     written = mine.settle([result(job, REFUSED)], NOW)
     with statements() as found:
-        mine.announce(written)
+        assert mine.announce(written) == []
     assert found == []
 
 

@@ -406,15 +406,6 @@ def test_row_whose_key_is_replaced_remembers_that_it_may_have_been_taken(
     assert len(script.sends) == 1
 
 
-def test_row_that_was_claimed_too_often_is_given_up(script: Script, settings: SettingsWrapper) -> None:
-    settings.EMAIL_QUEUE_MAX_ATTEMPTS = 3
-    (row,) = queue()
-    change(row, attempt_count=2)
-    claim_and_die()
-    assert drain() == Totals(failed=1)
-    assert script.sends == []
-
-
 # --- leases ---
 
 
