@@ -85,6 +85,8 @@ def rate(value: Any) -> float:
 
 
 def statuses(value: Any) -> frozenset[int]:
+    if value is None:  # "none", as urllib3 takes it
+        return frozenset()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
         raise ValueError("a list of HTTP statuses, such as [429, 503]")
     if any(isinstance(status, bool) or not isinstance(status, int) for status in value):
@@ -107,12 +109,6 @@ def text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text that is not empty")
     return value
-
-
-def texts(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError("a list of texts")
-    return tuple(text(item) for item in value)
 
 
 def fernet_keys(value: Any) -> tuple[str, ...]:
@@ -340,6 +336,8 @@ def require_app(what: str) -> None:
 
     :param what: what needs it.
     """
+    if not apps.apps_ready:
+        raise ImproperlyConfigured(f"{what}, but Django's apps are not loaded yet. Call first: django.setup()")
     if not apps.is_installed("anymail_retry"):
         raise ImproperlyConfigured(
             f'{what}, but the app that keeps the queue is not installed. Add to INSTALLED_APPS: "anymail_retry"'
@@ -349,9 +347,11 @@ def require_app(what: str) -> None:
 def fallback_is_on(*, esp_name: str | None = None, options: Mapping[str, Any] | None = None) -> bool:
     """Whether a send that fails is kept in the queue: if the app is installed, and nothing says ``False``.
 
+    Off in a script that loads no apps, where Anymail works too.
+
     :raises ImproperlyConfigured: ``EMAIL_FALLBACK_QUEUE = True`` without the app.
     """
     wanted = get("FALLBACK_QUEUE", esp_name=esp_name, options=options)
     if wanted is True:
         require_app("EMAIL_FALLBACK_QUEUE is True")
-    return apps.is_installed("anymail_retry") and wanted is not False
+    return wanted is not False and apps.apps_ready and apps.is_installed("anymail_retry")

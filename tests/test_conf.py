@@ -7,6 +7,8 @@ import enum
 import inspect
 import os
 import re
+import subprocess
+import sys
 import warnings
 from datetime import timedelta
 from decimal import Decimal
@@ -91,6 +93,7 @@ RIGHT: list[tuple[str, Any, Any]] = [
     *((name, None, None) for name in NONE),
     ("READ_RETRIES", False, False),  # none, as requests itself says it
     ("HTTP_STATUS_RETRYABLE", [], frozenset()),
+    ("HTTP_STATUS_RETRYABLE", None, frozenset()),  # as urllib3 takes it
     ("HTTP_STATUS_RETRYABLE", [429, 503], frozenset({429, 503})),
     ("HTTP_STATUS_RETRYABLE", (HTTPStatus.BAD_GATEWAY,), frozenset({502})),
     ("HTTP_STATUS_RETRYABLE", range(500, 600), frozenset(range(500, 600))),
@@ -118,7 +121,7 @@ WRONG: list[tuple[str, Any, str]] = [
     *((name, value, "a text that is not empty") for name in TEXTS for value in ("", 1, ["default"], True)),
     *(
         (name, None, "")
-        for name in [*SECONDS, *SECONDS_ABOVE_0, *NUMBERS_ABOVE_0, "QUEUE_ON_AMBIGUOUS", "HTTP_STATUS_RETRYABLE"]
+        for name in [*SECONDS, *SECONDS_ABOVE_0, *NUMBERS_ABOVE_0, "QUEUE_ON_AMBIGUOUS"]
         if name not in NONE
     ),
     *(
@@ -152,7 +155,7 @@ def test_tables_speak_of_every_setting() -> None:
     assert names(RIGHT) == names(WRONG) == set(conf.SETTINGS)
 
 
-def test_only_those_named_take_none() -> None:
+def test_only_those_named_are_none() -> None:
     assert {name for name, setting in conf.SETTINGS.items() if setting.none_is_a_value} == set(NONE)
 
 
@@ -404,6 +407,37 @@ def test_queue_that_is_wanted_and_not_installed_is_an_error_with_the_line_to_add
     settings.EMAIL_FALLBACK_QUEUE = True
     with pytest.raises(ImproperlyConfigured, match='Add to INSTALLED_APPS: "anymail_retry"'):
         conf.fallback_is_on()
+
+
+SCRIPT = """
+import django.conf
+django.conf.settings.configure(INSTALLED_APPS=["anymail_retry"], **%r)
+from anymail_retry.backends.mandrill import EmailBackend
+print(EmailBackend(api_key="...").fallback)
+"""
+
+
+def script(**values: Any) -> subprocess.CompletedProcess[str]:
+    """A script with settings and without ``django.setup()``, where plain Anymail works."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT % values],
+        cwd=Path(conf.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("values", [{}, {"EMAIL_FALLBACK_QUEUE": False}], ids=["unset", "not wanted"])
+def test_queue_is_off_in_a_script_without_apps(values: dict[str, Any]) -> None:
+    process = script(**values)
+    assert process.stdout == "None\n", process.stderr
+
+
+def test_queue_that_is_wanted_in_a_script_without_apps_is_an_error_with_the_line_to_add() -> None:
+    process = script(EMAIL_FALLBACK_QUEUE=True)
+    assert "ImproperlyConfigured: EMAIL_FALLBACK_QUEUE is True, but" in process.stderr
+    assert process.stderr.endswith("Call first: django.setup()\n")
 
 
 # --- Django's own settings ---

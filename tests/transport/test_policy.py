@@ -41,6 +41,7 @@ FIELDS = [
     ("EMAIL_OTHER_RETRIES", None, "other", None),
     ("EMAIL_HTTP_STATUS_RETRYABLE", [503, 429, 503], "status_forcelist", frozenset({429, 503})),
     ("EMAIL_HTTP_STATUS_RETRYABLE", [], "status_forcelist", frozenset()),
+    ("EMAIL_HTTP_STATUS_RETRYABLE", None, "status_forcelist", frozenset()),
     ("EMAIL_RETRY_BACKOFF_FACTOR", 7, "backoff_factor", 7.0),
     ("EMAIL_RETRY_BACKOFF_MAX", timedelta(minutes=1), "backoff_max", 60.0),
     ("EMAIL_RETRY_BACKOFF_JITTER", 0, "backoff_jitter", 0.0),
