@@ -4,18 +4,22 @@
 id       what it says
 =======  ================================================================================================
 E001     a setting has a wrong type or value
-W002     a setting looks like one of ours, and is not
-W003     ``ANYMAIL`` holds one of our settings without the name of an ESP, where nobody reads it
+W002     a setting or an option looks like one of ours, and is not
+W003     ``ANYMAIL`` holds one of our settings in a way that is not read there
 W004     ``EMAIL_RETRY_DEADLINE`` is so long that a web worker is killed before the row is written
 W005     ``ATOMIC_REQUESTS`` without ``EMAIL_QUEUE_DATABASE``: a view that fails takes the queued mail with it
 E006     ``EMAIL_QUEUE_DATABASE`` is no alias in ``DATABASES``
 E007     ``EMAIL_QUEUE_DATABASE`` is another alias to the same SQLite file
 E008     a wrapping back end wraps itself, or nothing
 W009     SQLite without WAL and IMMEDIATE
-W010     read retries for an ESP without idempotency keys: duplicates
-W011     nothing that sends mail here uses this app
+W010     read retries without idempotency keys: duplicates
+W011     nothing that sends mail here uses the queue
 E012     ``EMAIL_QUEUE_SEND_MAX`` does not fit into ``EMAIL_QUEUE_LEASE``
 E013     ``EMAIL_QUEUE_ENCRYPTION_KEYS`` without the package ``cryptography``
+E014     ``EMAIL_FALLBACK_QUEUE = True``, and a back end that retries but keeps nothing
+E015     the path of a back end of ours cannot be imported
+W016     settings of django-mailer's, which is not installed
+W017     django-mailer's ``send_mail`` and ``runmailer`` stand before ours
 =======  ================================================================================================
 """
 
@@ -23,10 +27,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from django.apps import AppConfig
+from django.apps import AppConfig, apps
 from django.conf import settings
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
@@ -34,19 +38,57 @@ from django.db import DEFAULT_DB_ALIAS
 from django.utils.module_loading import import_string
 
 from . import conf
+from .backends import BACKENDS
 from .mailqueue import encryption
+from .mailqueue.fallback import FallbackQueueMixin
 from .mailqueue.mailers import DEFAULT_BACKEND
 from .mailqueue.wrapping import WrappingBackend
 from .verdict import EspFacts
 
-#: What begins like this means one of ours, however it goes on.
-_OUR_FAMILIES = re.compile(r"EMAIL_(QUEUE_|FALLBACK_|BREAKER_|RETRY_|CONNECTION_|[A-Z_]+_RETR(Y|IES|YABLE)$)")
+#: A name like one of these means one of ours, however it goes on.
+_FAMILIES = (
+    *(re.compile(f"EMAIL_{family}_") for family in ("QUEUE", "FALLBACK", "BREAKER", "RETRY", "CONNECTION")),
+    re.compile(r"EMAIL_([A-Z\d_]+_)?RETR(Y|IES|YABLE)$"),
+)
+
+#: Retries of what the ESP may have taken.
+_RISKY = ("READ_RETRIES", "OTHER_RETRIES")
 
 #: Back ends of Django's that send nothing: the machine of a developer, or a test run, is not a site without mail.
 _SEND_NOTHING = tuple(f"django.core.mail.backends.{name}." for name in ("console", "dummy", "filebased", "locmem"))
 
 #: A worker of gunicorn is killed after this many seconds, by its default.
 _WEB_WORKER_TIMEOUT = 30.0
+
+_FULL_NAMES = {setting.full_name: setting for setting in conf.SETTINGS.values()}
+
+#: How Anymail's settings begin that are meant for one ESP.
+_ESPS = frozenset(module.upper() for module in BACKENDS.values())
+
+_OURS = "anymail_retry.backends"
+
+#: Every path of a back end of ours.
+_PATHS = (
+    *(f"{_OURS}.{name}" for name in BACKENDS),
+    *(f"{_OURS}.{module}.EmailBackend" for module in (*BACKENDS.values(), "fallback", "queued")),
+)
+
+#: django-mailer's settings, and what has their effect here.
+DJANGO_MAILER = {
+    "MAILER_EMAIL_BACKEND": 'EMAIL_QUEUE_BACKEND, or "using" in MAILERS',
+    "MAILER_EMAIL_LOG_MESSAGE_DATA": "EMAIL_QUEUE_KEEP_CONTENT",
+    "MAILER_EMAIL_MAX_BATCH": "manage.py send_mail --limit N",
+    "MAILER_EMAIL_MAX_DEFERRED": "nothing: a mailer that fails pauses by itself",
+    "MAILER_EMAIL_MAX_RETRIES": "EMAIL_QUEUE_MAX_ATTEMPTS and EMAIL_QUEUE_MAX_AGE",
+    "MAILER_EMAIL_THROTTLE": "EMAIL_QUEUE_RATE, in messages per second",
+    "MAILER_EMPTY_QUEUE_SLEEP": "EMAIL_QUEUE_POLL",
+    "MAILER_ERROR_HANDLER": "the signals in anymail_retry.signals",
+    "MAILER_LOCK_PATH": "nothing: workers share the queue by the database",
+    "MAILER_LOCK_WAIT_TIMEOUT": "nothing",
+    "MAILER_MESSAGES_BATCH_SIZE": "nothing",
+    "MAILER_PAUSE_SEND": "nothing: stop the workers",
+    "MAILER_USE_FILE_LOCK": "nothing",
+}
 
 
 def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[checks.CheckMessage]:
@@ -64,6 +106,9 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
             *_unused(mailers),
             *_lease(),
             *_encryption(),
+            *_keeps_nothing(mailers),
+            *_imports(mailers),
+            *_django_mailer(),
         ]
     return found
 
@@ -78,6 +123,8 @@ class _Mailer(NamedTuple):
     #: None: it cannot be imported, which Django says itself, and better.
     backend: type | None
     options: Mapping[str, Any]
+    #: Whether it stands behind one that wraps it.
+    is_behind: bool = False
 
     @property
     def esp_name(self) -> str | None:
@@ -90,27 +137,62 @@ class _Mailer(NamedTuple):
         return self.backend is not None and issubclass(self.backend, EspFacts)
 
     @property
+    def wrapper(self) -> type[WrappingBackend] | None:
+        """Its class, if it is one that stands before another."""
+        return self.backend if self.backend is not None and issubclass(self.backend, WrappingBackend) else None
+
+    @property
+    def queues(self) -> bool:
+        """Whether it is one that can keep a message in the queue."""
+        return self.backend is not None and issubclass(self.backend, (FallbackQueueMixin, WrappingBackend))
+
+    @property
     def settings(self) -> tuple[conf.Setting, ...]:
         """Those that may stand in its OPTIONS."""
-        if self.retries:
-            return (*conf.TRANSPORT_SETTINGS, *conf.MAILER_SETTINGS)
-        if self.backend is not None and issubclass(self.backend, WrappingBackend):
-            return self.backend.own_settings
-        return ()
+        if self.wrapper is not None:
+            return self.wrapper.own_settings
+        return (*(conf.TRANSPORT_SETTINGS if self.retries else ()), *(conf.MAILER_SETTINGS if self.queues else ()))
+
+    @property
+    def ready_made(self) -> str | None:
+        """The path of our own back end for its ESP, if there is one."""
+        for base in self.backend.__mro__ if self.backend is not None else ():
+            package, _, module = base.__module__.rpartition(".")
+            if package == "anymail.backends" and module in BACKENDS.values():
+                return f"{_OURS}.{module}.EmailBackend"
+        return None
+
+    @property
+    def remedy(self) -> str:
+        """What to write where it retries, and is to keep in the queue as well."""
+        if self.ready_made is None:
+            return f'Put "{_OURS}.fallback.EmailBackend" before it'
+        name = self.backend.__name__ if self.backend is not None else "EmailBackend"
+        return f"Derive from the ready-made back end: class {name}({self.ready_made})"
 
     def get(self, name: str) -> Any:
         return conf.get(name, esp_name=self.esp_name, options=self.options)
 
 
 def _configured() -> Iterator[_Mailer]:
-    mailers = conf.mailers()
-    if mailers is None:
+    configured = conf.mailers()
+    if configured is None:
         path = conf.email_backend()
-        yield _Mailer("EMAIL_BACKEND", None, path, _class(path), {})
+        mailer = _Mailer("EMAIL_BACKEND", None, path, _class(path), {})
+        yield mailer
+        if mailer.wrapper is not None:
+            where = conf.SETTINGS[mailer.wrapper.setting].full_name
+            path = str(getattr(settings, where, ""))
+            behind = _Mailer(where, None, path, _class(path), {}, is_behind=True)
+            if behind.backend is not None and behind.wrapper is None:  # else the wrapper's own check says so
+                yield behind
         return
-    for alias, mailer in mailers.items():
-        path = mailer.get("BACKEND", DEFAULT_BACKEND)
-        yield _Mailer(f"MAILERS[{alias!r}]", alias, path, _class(path), mailer.get("OPTIONS", {}))
+    mailers = []
+    for alias, entry in configured.items():
+        path = entry.get("BACKEND", DEFAULT_BACKEND)
+        mailers.append(_Mailer(f"MAILERS[{alias!r}]", alias, path, _class(path), entry.get("OPTIONS", {})))
+    aliases_behind = {mailer.options.get("using") for mailer in mailers if mailer.wrapper is not None}
+    yield from (mailer._replace(is_behind=mailer.alias in aliases_behind) for mailer in mailers)
 
 
 def _class(path: str) -> type | None:
@@ -141,42 +223,118 @@ def _values(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
 
 
 def _names(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
-    ours = sorted(setting.full_name for setting in conf.SETTINGS.values())
     # dir(), not getattr(): reading one of Django's deprecated EMAIL_* names is a warning.
     names = dir(settings)
     for name in names:
-        if name in ours or not name.startswith(("EMAIL_", "MAILER_")):
-            continue
-        meant = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
-        if meant or _OUR_FAMILIES.match(name):
-            yield checks.Warning(
-                f"{name} is no setting of anymail_retry's, and nothing reads it.",
-                hint=_hint(meant or difflib.get_close_matches(name, ours, n=1), ours),
-                id="anymail_retry.W002",
-            )
-    per_mailer = sorted(setting.name for setting in conf.SETTINGS.values() if setting.per_mailer)
-    esps = sorted({conf.esp_prefix(mailer.esp_name) for mailer in mailers if mailer.retries and mailer.esp_name})
-    for where, key in _anymail_keys(names):
-        if key in per_mailer:
-            yield checks.Warning(
-                f"{where} is not read: Anymail's own reader wants the name of an ESP in front.",
-                hint=f'Write ANYMAIL = {{"{esps[0] if esps else "MANDRILL"}_{key}": ...}} for one ESP,'
-                f" or EMAIL_{key} = ... for all.",
-                id="anymail_retry.W003",
-            )
-        for esp in esps:
-            name = key.removeprefix(f"{esp}_")
-            meant = difflib.get_close_matches(name, per_mailer, n=1, cutoff=0.85)
-            if name not in (key, *per_mailer) and meant:
+        if name not in _FULL_NAMES and name.startswith(("EMAIL_", "MAILER_")):
+            hint = _hint(name, lambda setting: setting.full_name)
+            if hint is not None:
                 yield checks.Warning(
-                    f"{where} is no setting of anymail_retry's, and nothing reads it.",
-                    hint=f"Did you mean {esp}_{meant[0]}?",
+                    f"{name} is no setting of anymail_retry's, which does not read it.",
+                    hint=hint,
                     id="anymail_retry.W002",
                 )
+    yield from _option_names(mailers)
+    yield from _anymail_names(mailers, names)
 
 
-def _hint(meant: Sequence[str], ours: Sequence[str]) -> str:
-    return f"Did you mean {meant[0]}?" if meant else f"The settings are: {', '.join(ours)}."
+def _hint(name: str, write: Callable[[conf.Setting], str]) -> str | None:
+    """What to say of a name that looks like one of ours, and is not; None: it does not.
+
+    :param write: how a setting is written in the place in question.
+    """
+    meant = conf.likely(name, _FULL_NAMES, cutoff=0.85)
+    if meant is not None:
+        return f"Did you mean {write(_FULL_NAMES[meant])}?"
+    for family in _FAMILIES:
+        if family.match(name):
+            # Whoever looks for some number of retries must not be led to the ones that repeat mail.
+            kind = [
+                write(setting)
+                for full_name, setting in _FULL_NAMES.items()
+                if family.match(full_name)
+                and (setting.name not in _RISKY or setting.name.partition("_")[0] in name.split("_"))
+            ]
+            return f"The settings of this kind are: {', '.join(kind)}."
+    return None
+
+
+def _option_names(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
+    """Django refuses such a mailer too, but when mail is sent."""
+    for mailer in mailers:
+        if not mailer.retries and mailer.wrapper is None:
+            continue
+        own = {setting.option for setting in mailer.settings}
+        for name in mailer.options:
+            if name not in own and name in conf.MAILER_OPTIONS:
+                remedy = mailer.remedy if mailer.wrapper is None else "It is one of back ends that retry"
+                yield checks.Warning(
+                    f"{mailer.where}: {mailer.path} has no option {name!r}.",
+                    hint=f"{remedy}. For all mailers, write: EMAIL_{name.upper()} = ...",
+                    id="anymail_retry.W002",
+                )
+            wrong = conf.wrong_option(name)
+            if wrong is not None:
+                text, _, hint = wrong.partition(". ")
+                yield checks.Warning(f"{mailer.where}: {text}.", hint=hint, id="anymail_retry.W002")
+
+
+def _anymail_names(mailers: Iterable[_Mailer], names: Iterable[str]) -> Iterator[checks.CheckMessage]:
+    used = {conf.esp_prefix(mailer.esp_name) for mailer in mailers if mailer.retries and mailer.esp_name}
+    esps = sorted(_ESPS | used)
+    example = min(used, default="MANDRILL")
+
+    for where, key in _anymail_keys(names):
+        esp, name = _split(key.upper(), esps)
+        setting = conf.SETTINGS.get(name)
+
+        def write(meant: conf.Setting, esp: str = esp) -> str:
+            return f"{esp or example}_{meant.name}" if meant.per_mailer else meant.full_name
+
+        if setting is None:
+            hint = _hint(f"EMAIL_{name}", write) if esp or conf.likely(name, conf.SETTINGS, cutoff=0.85) else None
+            if hint is not None:
+                yield checks.Warning(
+                    f"{where} is no setting of anymail_retry's, which does not read it.",
+                    hint=hint,
+                    id="anymail_retry.W002",
+                )
+        elif not setting.per_mailer:
+            yield checks.Warning(
+                f"{where} is not read: it is a setting of the queue as a whole.",
+                hint=f"Write: {setting.full_name} = ...",
+                id="anymail_retry.W003",
+            )
+        elif esp in ("", "EMAIL"):
+            yield checks.Warning(
+                f"{where} is not read: Anymail's own reader wants the name of an ESP in front.",
+                hint=f'Write ANYMAIL = {{"{example}_{name}": ...}} for one ESP, or EMAIL_{name} = ... for all.',
+                id="anymail_retry.W003",
+            )
+        elif esp not in esps:
+            meant = difflib.get_close_matches(esp, esps, n=1)
+            yield checks.Warning(
+                f"{where} is not read: no back end's settings begin with {esp}.",
+                hint=f"Did you mean {meant[0]}_{name}?" if meant else f"They begin with: {', '.join(esps)}.",
+                id="anymail_retry.W002",
+            )
+        elif key != key.upper():
+            yield checks.Warning(
+                f"{where} is not read: such names are in capitals.",
+                hint=f"Did you mean {key.upper()}?",
+                id="anymail_retry.W002",
+            )
+
+
+def _split(key: str, esps: Iterable[str]) -> tuple[str, str]:
+    """A key of Anymail's settings as the prefix of an ESP and a name, of which one or the other may be none."""
+    for name in conf.SETTINGS:
+        if key == name or key.endswith(f"_{name}"):
+            return key.removesuffix(name).removesuffix("_"), name
+    for esp in esps:
+        if key.startswith(f"{esp}_"):
+            return esp, key.removeprefix(f"{esp}_")
+    return "", key
 
 
 def _anymail_keys(names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -190,7 +348,9 @@ def _anymail_keys(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def _deadline(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
     for mailer in mailers:
-        if not mailer.retries or not conf.fallback_is_on(esp_name=mailer.esp_name, options=mailer.options):
+        if not mailer.retries or not mailer.queues:
+            continue
+        if not conf.fallback_is_on(esp_name=mailer.esp_name, options=mailer.options):
             continue
         deadline, reads = mailer.get("RETRY_DEADLINE"), mailer.get("READ_RETRIES")
         if isinstance(deadline, conf.Unset):
@@ -270,8 +430,8 @@ def _is_file(database: Mapping[str, Any]) -> bool:
 
 def _wrapping(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
     for mailer in mailers:
-        if mailer.backend is not None and issubclass(mailer.backend, WrappingBackend):
-            yield from mailer.backend.check_mailer(mailer.where, mailer.alias, mailer.options)
+        if mailer.wrapper is not None:
+            yield from mailer.wrapper.check_mailer(mailer.where, mailer.alias, mailer.options)
 
 
 def _sqlite() -> Iterator[checks.CheckMessage]:
@@ -296,35 +456,49 @@ def _duplicates(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
         backend = mailer.backend
         if backend is None or not issubclass(backend, EspFacts) or backend.idempotency is not None:
             continue
-        for name in ("READ_RETRIES", "OTHER_RETRIES"):
+        ready_made = _class(mailer.ready_made) if mailer.ready_made is not None else None
+        why, remedy = f"{mailer.esp_name} has no idempotency keys", ""
+        if ready_made is None:
+            why += " that are known here"
+        elif getattr(ready_made, "idempotency", None) is not None:
+            why = f"{mailer.path} uses no idempotency keys, though {mailer.esp_name} has them"
+            remedy = f"{mailer.remedy}. "
+        for name in _RISKY:
             # Whoever sets no limit for "other" has the total's, and so has urllib3's "read" of None.
             if _means_some(mailer.get(name)):
                 prefix = conf.esp_prefix(mailer.esp_name or "")
                 yield checks.Warning(
                     f"{mailer.where}: EMAIL_{name} has requests repeated whose answer did not come, and"
-                    f" {mailer.esp_name} has no idempotency keys: a message that was taken is sent twice.",
-                    hint=f'Unless you prefer duplicates to delays, write: ANYMAIL = {{"{prefix}_{name}": 0}}',
+                    f" {why}: a message that was taken is sent twice.",
+                    hint=f'{remedy}Unless you prefer duplicates to delays, write: ANYMAIL = {{"{prefix}_{name}": 0}}',
                     id="anymail_retry.W010",
                 )
 
 
-def _unused(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
+def _unused(mailers: Sequence[_Mailer]) -> Iterator[checks.CheckMessage]:
     if conf.get("MAILER_FOR_CRASH_EMAILS") or any(
-        mailer.retries
-        or (mailer.backend is not None and issubclass(mailer.backend, WrappingBackend))
-        or mailer.path.startswith(_SEND_NOTHING)
-        for mailer in mailers
+        mailer.queues or mailer.path.startswith((*_SEND_NOTHING, "anymail_retry.")) for mailer in mailers
     ):
         return
-    yield checks.Warning(
-        "anymail_retry is installed, and no mail goes through it.",
-        hint=(
-            "Name one of its back ends in EMAIL_BACKEND or MAILERS, such as"
-            ' "anymail_retry.backends.RetryableMandrillEmailBackend", or silence this check if you only call'
-            " anymail_retry.send_mail()."
-        ),
-        id="anymail_retry.W011",
-    )
+    retrying = [mailer for mailer in mailers if mailer.retries]
+    if not retrying:
+        yield checks.Warning(
+            "anymail_retry is installed, and no mail goes through it.",
+            hint=(
+                "Name one of its back ends in EMAIL_BACKEND or MAILERS, such as"
+                f' "{_OURS}.RetryableMandrillEmailBackend", or silence this check if you only call'
+                " anymail_retry.send_mail()."
+            ),
+            id="anymail_retry.W011",
+        )
+    elif isinstance(conf.get("FALLBACK_QUEUE"), conf.Unset):  # False: that is wanted; True: an error of its own
+        for mailer in retrying:
+            yield checks.Warning(
+                f"{mailer.where}: anymail_retry is installed, and {mailer.path} retries but keeps nothing in the"
+                " queue: what still fails is raised.",
+                hint=f"{mailer.remedy}. If retries are all that you want, write: EMAIL_FALLBACK_QUEUE = False",
+                id="anymail_retry.W011",
+            )
 
 
 def _lease() -> Iterator[checks.CheckMessage]:
@@ -343,3 +517,54 @@ def _encryption() -> Iterator[checks.CheckMessage]:
         encryption.cipher()
     except ImproperlyConfigured as error:
         yield checks.Error(str(error), id="anymail_retry.E013")
+
+
+def _keeps_nothing(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
+    if conf.get("FALLBACK_QUEUE") is not True:
+        return
+    for mailer in mailers:
+        if mailer.retries and not mailer.queues and not mailer.is_behind:
+            yield checks.Error(
+                f"{mailer.where}: EMAIL_FALLBACK_QUEUE is True, and {mailer.path} retries but cannot keep anything in"
+                " the queue.",
+                hint=mailer.remedy,
+                id="anymail_retry.E014",
+            )
+
+
+def _imports(mailers: Iterable[_Mailer]) -> Iterator[checks.CheckMessage]:
+    for mailer in mailers:
+        if mailer.backend is not None or not mailer.path.startswith("anymail_retry."):
+            continue
+        try:
+            import_string(mailer.path)
+        except ImportError as error:
+            why = str(error)
+        else:
+            why = "it is no class"
+        meant = [] if mailer.path in _PATHS else difflib.get_close_matches(mailer.path, _PATHS, n=1)
+        yield checks.Error(
+            f"{mailer.where} names {mailer.path!r}, which cannot be imported as a back end: {why}",
+            hint=f"Did you mean {meant[0]}?" if meant else None,
+            id="anymail_retry.E015",
+        )
+
+
+def _django_mailer() -> Iterator[checks.CheckMessage]:
+    if not apps.is_installed("mailer"):
+        left = [name for name in DJANGO_MAILER if name in dir(settings)]
+        if left:
+            yield checks.Warning(
+                f"django-mailer's settings have no effect here: {', '.join(left)}.",
+                hint=f"Write instead of {'; of '.join(f'{name}: {DJANGO_MAILER[name]}' for name in left)}.",
+                id="anymail_retry.W016",
+            )
+        return
+    installed = [config.name for config in apps.get_app_configs()]
+    if "anymail_retry" in installed[installed.index("mailer") :]:
+        yield checks.Warning(
+            "manage.py send_mail, runmailer, retry_deferred and purge_mail_log are django-mailer's: Django takes a"
+            " command from the app that stands first in INSTALLED_APPS.",
+            hint='Write in INSTALLED_APPS: "anymail_retry" before "mailer"',
+            id="anymail_retry.W017",
+        )

@@ -298,11 +298,38 @@ def take_options(names: Iterable[Setting], kwargs: dict[str, Any]) -> dict[str, 
     :raises ImproperlyConfigured: a keyword looks like a misspelt option of ours, and Django would swallow it. (An
         unknown one among the OPTIONS in ``MAILERS`` is Django's to refuse.)
     """
-    for name in own_keywords(kwargs) - MAILER_OPTIONS:
-        meant = difflib.get_close_matches(name, sorted(MAILER_OPTIONS), n=1, cutoff=0.8)
-        if meant:
-            raise ImproperlyConfigured(f"There is no option {name!r}. Did you mean {meant[0]!r}?")
+    for name in own_keywords(kwargs):
+        wrong = wrong_option(name)
+        if wrong is not None:
+            raise ImproperlyConfigured(wrong)
     return {setting.option: kwargs.pop(setting.option) for setting in names if setting.option in kwargs}
+
+
+def wrong_option(name: str) -> str | None:
+    """What to say of an option that looks like one of ours, and is not; None: it does not, or is."""
+    known = sorted(MAILER_OPTIONS)
+    if name in MAILER_OPTIONS or not difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        return None
+    meant = likely(name, known, cutoff=0.8)
+    hint = f"The options are: {', '.join(known)}." if meant is None else f"Did you mean {meant!r}?"
+    return f"There is no option {name!r}. {hint}"
+
+
+def likely(name: str, known: Collection[str], *, cutoff: float) -> str | None:
+    """The one of the known names that was probably meant, if any.
+
+    The words that differ have to be alike too: by its letters ``EMAIL_MAX_RETRIES`` is all but ``EMAIL_READ_RETRIES``,
+    of all settings the one that sends mail twice.
+    """
+    for candidate in difflib.get_close_matches(name, known, n=3, cutoff=cutoff):
+        mine, others = name.upper().split("_"), candidate.upper().split("_")
+        for end in (0, -1):
+            while mine and others and mine[end] == others[end]:
+                del mine[end], others[end]
+        enough = 0.75 if {"READ", "OTHER"} & set(others) else 0.6
+        if not mine or not others or difflib.SequenceMatcher(None, "_".join(mine), "_".join(others)).ratio() >= enough:
+            return candidate
+    return None
 
 
 def own_keywords(kwargs: Mapping[str, Any]) -> set[str]:

@@ -11,14 +11,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anymail
 import pytest
+from anymail.backends.base_requests import AnymailRequestsBackend
+from anymail.backends.mandrill import EmailBackend as AnymailMandrill
+from anymail.backends.resend import EmailBackend as AnymailResend
 from django.conf import settings as django_settings
 from django.core import checks as django_checks
 from django.core.mail.backends.base import BaseEmailBackend
 from django.test.utils import override_settings
 
 import anymail_retry
-from anymail_retry import apps, checks
+from anymail_retry import RetryMixin, apps, checks
+from anymail_retry.backends import BACKENDS
 from anymail_retry.mailqueue import encryption
 from tests.sites import MANDRILL, SMTP, WAYS, Site, site
 
@@ -219,16 +224,49 @@ def test_e001_wrong_option(settings: SettingsWrapper, backend: str, options: Map
 def test_w002_misspelt_name(site: Site, name: str, meant: str) -> None:
     one_mailer(site)
     setattr(site.settings, name, 1)
-    assert only() == ("W002", f"{name} is no setting of anymail_retry's, and nothing reads it.\nDid you mean {meant}?")
+    said = f"{name} is no setting of anymail_retry's, which does not read it."
+    assert only() == ("W002", f"{said}\nDid you mean {meant}?")
 
 
-@pytest.mark.parametrize("name", ["EMAIL_QUEUE_COLOUR", "EMAIL_BREAKER_FUSE", "EMAIL_RETRY_WHEN_IT_RAINS"])
-def test_w002_name_of_our_family_that_resembles_nothing(site: Site, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "listed", "not_listed"),
+    [
+        ("EMAIL_QUEUE_COLOUR", ["EMAIL_QUEUE_POLL", "EMAIL_QUEUE_RATE"], "EMAIL_TOTAL_RETRIES"),
+        ("EMAIL_QUEUE_TIME", ["EMAIL_QUEUE_RATE", "EMAIL_QUEUE_MAX_AGE"], "EMAIL_RETRY_DEADLINE"),
+        ("EMAIL_BREAKER_FUSE", ["EMAIL_BREAKER_FAILURES"], "EMAIL_QUEUE"),
+        ("EMAIL_RETRY_WHEN_IT_RAINS", ["EMAIL_RETRY_DEADLINE", "EMAIL_RETRY_AFTER_MAX"], "EMAIL_TOTAL_RETRIES"),
+        ("EMAIL_RETRIES", ["EMAIL_TOTAL_RETRIES", "EMAIL_CONNECT_RETRIES"], "EMAIL_READ_RETRIES"),
+        ("EMAIL_RETRY", ["EMAIL_TOTAL_RETRIES"], "EMAIL_READ_RETRIES"),
+        ("EMAIL_MAX_RETRIES", ["EMAIL_TOTAL_RETRIES"], "EMAIL_READ_RETRIES"),
+        ("EMAIL_SEND_RETRIES", ["EMAIL_TOTAL_RETRIES"], "EMAIL_READ_RETRIES"),
+        ("EMAIL_SMTP2_RETRIES", ["EMAIL_TOTAL_RETRIES"], "EMAIL_OTHER_RETRIES"),
+    ],
+)
+def test_w002_name_of_our_family_that_resembles_nothing(
+    site: Site, name: str, listed: list[str], not_listed: str
+) -> None:
     one_mailer(site)
     setattr(site.settings, name, 1)
     id_, text = only()
     assert id_ == "W002"
     assert text.startswith(f"{name} is no setting")
+    assert "Did you mean" not in text
+    assert [setting for setting in listed if setting not in text] == []
+    assert not_listed not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("EMAIL_READS_RETRIES", "EMAIL_READ_RETRIES"),
+        ("EMAIL_READ_RETRY", "EMAIL_READ_RETRIES"),
+        ("EMAIL_OTHERS_RETRIES", "EMAIL_OTHER_RETRIES"),
+    ],
+)
+def test_retries_that_repeat_mail_are_named_where_they_must_be_meant(site: Site, name: str, meant: str) -> None:
+    one_mailer(site)
+    setattr(site.settings, name, 0)
+    assert only()[1].endswith(f"Did you mean {meant}?")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +278,7 @@ def test_w002_name_of_our_family_that_resembles_nothing(site: Site, name: str) -
         "EMAIL_VERIFICATION",
         "EMAIL_CONNECT_TIMEOUT",
         "EMAIL_LOGO",
-        "MAILER_EMPTY_QUEUE_SLEEP",
+        "MAILER_HOMEPAGE",
         "RETRY_TOTAL",
     ],
 )
@@ -273,11 +311,121 @@ def test_w002_misspelt_name_in_anymails_settings(site: Site, form: str) -> None:
     assert "Did you mean MANDRILL_TOTAL_RETRIES?" in text
 
 
-def test_anymails_own_settings_are_not_suspected(site: Site) -> None:
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("MANDRIL_TOTAL_RETRIES", "Did you mean MANDRILL_TOTAL_RETRIES?"),
+        ("MANDRILL_EMAIL_TOTAL_RETRIES", "Did you mean MANDRILL_TOTAL_RETRIES?"),
+        ("OWL_POST_TOTAL_RETRIES", "They begin with: AMAZON_SES, BREVO, "),
+        ("mandrill_total_retries", "Did you mean MANDRILL_TOTAL_RETRIES?"),
+        ("mandrill_totl_retries", "Did you mean MANDRILL_TOTAL_RETRIES?"),
+        ("RESEND_TOTL_RETRIES", "Did you mean RESEND_TOTAL_RETRIES?"),
+        ("MANDRILL_MAX_RETRIES", "The settings of this kind are: MANDRILL_TOTAL_RETRIES, "),
+        ("MANDRILL_QUEUE_LEASES", "Did you mean EMAIL_QUEUE_LEASE?"),
+        ("TOTL_RETRIES", "Did you mean MANDRILL_TOTAL_RETRIES?"),
+    ],
+)
+def test_w002_key_in_anymails_settings_that_is_not_read(site: Site, key: str, hint: str) -> None:
+    one_mailer(site)
+    site.settings.ANYMAIL = {key: 5}
+    id_, text = only()
+    assert id_ == "W002"
+    assert text.startswith(f"ANYMAIL[{key!r}] is ")
+    assert hint in text
+
+
+def anymails_settings() -> set[str]:
+    """Every name that Anymail reads among its settings."""
+    files = [path for path in Path(anymail.__file__).parent.rglob("*.py") if path.name != "utils.py"]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    return {name.upper() for source in sources for name in re.findall(r"get_anymail_setting\(\s*\"(\w+)\"", source)}
+
+
+@pytest.mark.parametrize("spelt", [str.upper, str.lower])
+def test_anymails_own_settings_are_not_suspected(site: Site, spelt: Any) -> None:
+    names = anymails_settings()
+    assert {"API_KEY", "REQUESTS_TIMEOUT", "SEND_DEFAULTS", "WEBHOOK_SECRET", "INBOUND_KMS_KEY_ID"} <= names
     one_mailer(site, RESEND)
-    names = ["API_KEY", "API_URL", "REQUESTS_TIMEOUT", "SEND_DEFAULTS", "IDNA_ENCODER", "IGNORE_RECIPIENT_STATUS"]
-    site.settings.ANYMAIL = {**{f"RESEND_{name}": None for name in names}, **dict.fromkeys(names)}
+    esps = [*(module.upper() for module in BACKENDS.values()), "SENDINBLUE", "CONSOLE", "TEST"]
+    keys = {*names, *(f"{esp}_{name}" for esp in esps for name in names)}
+    site.settings.ANYMAIL = {spelt(key): None for key in keys}
     assert found() == []
+
+
+def test_settings_of_esps_that_a_site_does_not_use_are_in_order(site: Site) -> None:
+    one_mailer(site)
+    site.settings.ANYMAIL = {f"{module.upper()}_TOTAL_RETRIES": 5 for module in BACKENDS.values()}
+    assert found() == []
+
+
+class OwlPost(RetryMixin, AnymailRequestsBackend):
+    """Somebody's own ESP."""
+
+    esp_name = "Owl Post"
+
+
+@pytest.mark.parametrize("wrapper", ["", "fallback"])
+def test_settings_of_an_esp_of_somebodys_own_are_in_order(site: Site, wrapper: str) -> None:
+    site.behind(wrapper, f"{__name__}.OwlPost")
+    site.settings.EMAIL_FALLBACK_QUEUE = False
+    site.settings.ANYMAIL = {"OWL_POST_TOTAL_RETRIES": 5}
+    assert found() == []
+
+
+@pytest.mark.skipif("mailers" not in WAYS, reason="Django before 6.1 has no MAILERS")
+@pytest.mark.parametrize(
+    ("backend", "name", "hint"),
+    [
+        (MANDRILL, "totl_retries", "Did you mean 'total_retries'?"),
+        (MANDRILL, "total_retrys", "Did you mean 'total_retries'?"),
+        (MANDRILL, "send_retries", "The options are: breaker_failures, "),
+        (FALLBACK, "fallback_que", "Did you mean 'fallback_queue'?"),
+        (FALLBACK, "total_retries", "For all mailers, write: EMAIL_TOTAL_RETRIES = ..."),
+        (f"{__name__}.Retrying", "fallback_queue", "class Retrying(anymail_retry.backends.mandrill.EmailBackend)"),
+    ],
+)
+def test_w002_option_that_the_back_end_does_not_have(
+    settings: SettingsWrapper, backend: str, name: str, hint: str
+) -> None:
+    options = {name: 5, **({"using": "default"} if backend == FALLBACK else {})}
+    settings.MAILERS = {"default": {"BACKEND": MANDRILL}, "bulk": {"BACKEND": backend, "OPTIONS": options}}
+    id_, text = only()
+    assert id_ == "W002"
+    assert text.startswith("MAILERS['bulk']: ")
+    assert f"no option {name!r}" in text
+    assert hint in text
+
+
+@pytest.mark.skipif("mailers" not in WAYS, reason="Django before 6.1 has no MAILERS")
+def test_options_of_others_are_not_suspected(settings: SettingsWrapper) -> None:
+    settings.MAILERS = {
+        "default": {"BACKEND": MANDRILL, "OPTIONS": {"api_key": "...", "requests_timeout": 5, "debug_api_requests": 1}},
+        "smtp": {"BACKEND": SMTP, "OPTIONS": {"totl_retries": 5}},
+    }
+    assert found() == []
+
+
+@pytest.mark.parametrize("form", ["ANYMAIL", "ANYMAIL_..."])
+@pytest.mark.parametrize("key", ["MANDRILL_QUEUE_LEASE", "QUEUE_LEASE", "mandrill_queue_lease"])
+def test_w003_setting_of_the_whole_queue_in_anymails(site: Site, form: str, key: str) -> None:
+    one_mailer(site)
+    if form == "ANYMAIL":
+        site.settings.ANYMAIL = {key: 60}
+    else:
+        setattr(site.settings, f"ANYMAIL_{key}", 60)
+    id_, text = only()
+    assert id_ == "W003"
+    assert f"{key}" in text
+    assert "Write: EMAIL_QUEUE_LEASE = ..." in text
+
+
+@pytest.mark.parametrize("key", ["EMAIL_TOTAL_RETRIES", "total_retries"])
+def test_w003_setting_in_another_form_in_anymails(site: Site, key: str) -> None:
+    one_mailer(site)
+    site.settings.ANYMAIL = {key: 5}
+    id_, text = only()
+    assert id_ == "W003"
+    assert "EMAIL_TOTAL_RETRIES = ... for all" in text
 
 
 @pytest.mark.parametrize("form", ["ANYMAIL", "ANYMAIL_..."])
@@ -509,7 +657,30 @@ def test_the_hint_about_duplicates_is_enough(site: Site) -> None:
     assert found() == []
 
 
-# --- W011: unused ---
+class RetryingResend(RetryMixin, AnymailResend):
+    pass
+
+
+def test_w010_names_the_keys_that_a_back_end_of_ours_would_use(site: Site) -> None:
+    one_mailer(site, f"{__name__}.RetryingResend")
+    site.settings.EMAIL_FALLBACK_QUEUE = False
+    site.settings.EMAIL_READ_RETRIES = 2
+    id_, text = only()
+    assert id_ == "W010"
+    assert "RetryingResend uses no idempotency keys, though Resend has them" in text
+    assert "class RetryingResend(anymail_retry.backends.resend.EmailBackend)" in text
+
+
+def test_w010_claims_nothing_of_an_esp_that_is_not_known(site: Site) -> None:
+    one_mailer(site, f"{__name__}.OwlPost")
+    site.settings.EMAIL_FALLBACK_QUEUE = False
+    site.settings.EMAIL_READ_RETRIES = 2
+    id_, text = only()
+    assert id_ == "W010"
+    assert "Owl Post has no idempotency keys that are known here" in text
+
+
+# --- W011 and E014: unused ---
 
 
 @pytest.mark.parametrize("backend", [SMTP, "anymail.backends.mandrill.EmailBackend"], ids=["SMTP", "plain Anymail"])
@@ -518,6 +689,67 @@ def test_w011_nothing_goes_through_it(site: Site, backend: str) -> None:
     id_, text = only()
     assert id_ == "W011"
     assert '"anymail_retry.backends.RetryableMandrillEmailBackend"' in text
+
+
+class Retrying(RetryMixin, AnymailMandrill):
+    """As Anymail's documentation has it: for retries alone."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "hint"),
+    [
+        ("Retrying", "class Retrying(anymail_retry.backends.mandrill.EmailBackend)"),
+        ("OwlPost", 'Put "anymail_retry.backends.fallback.EmailBackend" before it'),
+    ],
+)
+def test_w011_nothing_is_kept(site: Site, backend: str, hint: str) -> None:
+    one_mailer(site, f"{__name__}.{backend}")
+    id_, text = only()
+    assert id_ == "W011"
+    assert f"{__name__}.{backend} retries but keeps nothing in the queue" in text
+    assert hint in text
+    assert "EMAIL_FALLBACK_QUEUE = False" in text
+
+
+@pytest.mark.parametrize(
+    "values", [{"EMAIL_FALLBACK_QUEUE": False}, {"MAILER_FOR_CRASH_EMAILS": True}], ids=["off", "crash mail"]
+)
+def test_nothing_is_said_of_retries_alone_where_they_are_wanted(site: Site, values: dict[str, Any]) -> None:
+    one_mailer(site, f"{__name__}.Retrying")
+    for name, value in values.items():
+        setattr(site.settings, name, value)
+    assert found() == []
+
+
+def test_deadline_of_retries_alone_is_nobodys_trouble(site: Site) -> None:
+    """No row is to be written after it."""
+    one_mailer(site, f"{__name__}.Retrying")
+    site.settings.EMAIL_RETRY_DEADLINE = 300
+    assert [short(message) for message in found()] == ["W011"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "hint"),
+    [
+        ("Retrying", "class Retrying(anymail_retry.backends.mandrill.EmailBackend)"),
+        ("OwlPost", 'Put "anymail_retry.backends.fallback.EmailBackend" before it'),
+    ],
+)
+def test_e014_queue_is_wanted_and_the_back_end_has_none(site: Site, backend: str, hint: str) -> None:
+    one_mailer(site, f"{__name__}.{backend}")
+    site.settings.EMAIL_FALLBACK_QUEUE = True
+    id_, text = only()
+    assert id_ == "E014"
+    assert f"{__name__}.{backend} retries but cannot keep anything in the queue" in text
+    assert hint in text
+
+
+@pytest.mark.parametrize("wanted", [True, None], ids=["wanted", "unset"])
+def test_wrapper_keeps_for_a_back_end_that_only_retries(site: Site, wanted: bool | None) -> None:
+    site.behind("fallback", f"{__name__}.Retrying")
+    if wanted is not None:
+        site.settings.EMAIL_FALLBACK_QUEUE = wanted
+    assert found() == []
 
 
 def test_crash_mail_is_a_use(site: Site) -> None:
@@ -560,6 +792,88 @@ def test_e013_package_is_missing(site: Site, monkeypatch: pytest.MonkeyPatch) ->
     assert 'pip install "django-anymail-retry[encryption]"' in text
     assert "kkk" not in text
     assert found() == []
+
+
+# --- E015: paths ---
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        (
+            "anymail_retry.backends.RetryableMandrilEmailBackend",
+            "anymail_retry.backends.RetryableMandrillEmailBackend",
+        ),
+        ("anymail_retry.backends.mandril.EmailBackend", MANDRILL),
+        ("anymail_retry.backends.queue.EmailBackend", QUEUED),
+        ("anymail_retry.backends.mandrill", MANDRILL),
+        (
+            "anymail_retry.RetryableMandrillEmailBackend",
+            "anymail_retry.backends.RetryableMandrillEmailBackend",
+        ),
+    ],
+)
+def test_e015_path_of_ours_that_is_none(site: Site, path: str, meant: str) -> None:
+    one_mailer(site, path)
+    id_, text = only()
+    assert id_ == "E015"
+    assert f"names {path!r}, which cannot be imported" in text
+    assert text.endswith(f"Did you mean {meant}?")
+
+
+def test_e015_says_what_a_back_end_needs_to_be_imported(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("anymail.backends.amazon_ses", "anymail_retry.backends.amazon_ses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "boto3", None)  # as if it were not installed
+    one_mailer(site, "anymail_retry.backends.RetryableAmazonSESEmailBackend")
+    id_, text = only()
+    assert id_ == "E015"
+    assert "boto3" in text
+    assert "Did you mean" not in text
+
+
+# --- W016 and W017: django-mailer ---
+
+
+def test_w016_settings_of_django_mailers(site: Site) -> None:
+    one_mailer(site)
+    site.settings.MAILER_PAUSE_SEND = True
+    site.settings.MAILER_EMAIL_THROTTLE = 1
+    id_, text = only()
+    assert id_ == "W016"
+    assert "django-mailer's settings have no effect here: MAILER_EMAIL_THROTTLE, MAILER_PAUSE_SEND." in text
+    assert "MAILER_EMAIL_THROTTLE: EMAIL_QUEUE_RATE, in messages per second" in text
+    assert "MAILER_PAUSE_SEND: nothing: stop the workers" in text
+
+
+def test_settings_of_django_mailer_are_all_known() -> None:
+    mailer = pytest.importorskip("mailer")
+    files = Path(mailer.__file__).parent.rglob("*.py")
+    read = {name for path in files for name in re.findall(r"\bMAILER_[A-Z_]+", path.read_text(encoding="utf-8"))}
+    assert set(checks.DJANGO_MAILER) == read
+    migrating = (Path(__file__).parent.parent / "docs" / "migrating.rst").read_text(encoding="utf-8")
+    assert {name for name in read if f"``{name}``" not in migrating} == set()
+
+
+DJANGO_MAILER_AND_US = [("mailer", "anymail_retry"), ("anymail_retry", "mailer")]
+
+
+@pytest.mark.parametrize("order", DJANGO_MAILER_AND_US, ids=["before us", "after us"])
+def test_w017_django_mailers_commands(order: tuple[str, str]) -> None:
+    """Whose command is run is asked of Django."""
+    pytest.importorskip("mailer")
+    ask = "from django.core.management import get_commands; print(get_commands()['send_mail'])"
+    process = subprocess.run(
+        [sys.executable, "-c", SETTINGS % (list(order), {"EMAIL_BACKEND": MANDRILL, "MAILER_PAUSE_SEND": True}) + ask],
+        cwd=Path(anymail_retry.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout.splitlines()[-1] == order[0], process.stderr
+    assert ("(anymail_retry.W017)" in process.stderr) is (order[0] == "mailer")
+    assert ('"anymail_retry" before "mailer"' in process.stderr) is (order[0] == "mailer")
+    assert "W016" not in process.stderr
 
 
 # --- All of them ---
@@ -622,7 +936,7 @@ def test_id_can_be_silenced(site: Site) -> None:
 SETTINGS = """
 import django.conf
 django.conf.settings.configure(
-    INSTALLED_APPS=["anymail_retry"],
+    INSTALLED_APPS=%r,
     DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
     SECRET_KEY="only for this process",
     USE_TZ=True,
@@ -645,7 +959,7 @@ def test_manage_py_check_runs_them_and_a_start_does_not_load_them(values: dict[s
     """Under ``-W error``, save for the one warning that a site on Django 6.1 without MAILERS has to live with."""
     allowed = "ignore:The EMAIL_BACKEND setting is deprecated:PendingDeprecationWarning"
     process = subprocess.run(
-        [sys.executable, "-W", "error", "-W", allowed, "-c", SETTINGS % values],
+        [sys.executable, "-W", "error", "-W", allowed, "-c", SETTINGS % (["anymail_retry"], values)],
         cwd=Path(anymail_retry.__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -661,7 +975,7 @@ def test_wrong_value_is_no_reason_not_to_start() -> None:
     """``manage.py check`` has to be able to say so."""
     values = {"EMAIL_BACKEND": MANDRILL, "MAILER_FOR_CRASH_EMAILS": "yes"}
     process = subprocess.run(
-        [sys.executable, "-c", SETTINGS % values],
+        [sys.executable, "-c", SETTINGS % (["anymail_retry"], values)],
         cwd=Path(anymail_retry.__file__).parent.parent,
         capture_output=True,
         text=True,

@@ -350,6 +350,13 @@ def test_misspelt_keyword_is_named_where_django_swallows_it(site: Site, way: str
         make(**{name: 1})
 
 
+@pytest.mark.parametrize("name", ["send_retries", "load_retries"])
+def test_misspelt_keyword_is_not_taken_for_the_one_that_repeats_mail(name: str) -> None:
+    with pytest.raises(ImproperlyConfigured) as caught:
+        EmailBackend(**KEY, **{name: 1})
+    assert str(caught.value).startswith(f"There is no option '{name}'. The options are: ")
+
+
 def test_misspelt_keyword_is_named_without_the_queue_too() -> None:
     class Retrying(RetryMixin, AnymailBackend):
         pass
