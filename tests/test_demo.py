@@ -126,6 +126,22 @@ def test_exit_status_tells_that_mail_was_not_delivered(tmp_path: Path) -> None:
     assert "NOT AS IT SHOULD BE" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("--messages", "3", "at least 4, one for each phase"),
+        ("--rate", "0", "at least 1"),
+        ("--rate", "-5", "at least 1"),
+        ("--threads", "0", "at least 1"),
+        ("--threads", "many", "invalid number value: 'many'"),
+    ],
+)
+def test_number_that_makes_no_demo_is_refused(option: str, value: str, what: str) -> None:
+    result = run(str(EXAMPLES / "demo.py"), "--no-venv", option, value)
+    assert result.returncode == 2
+    assert result.stdout.splitlines()[-1] == f"demo.py: error: argument {option}: {what}"
+
+
 # --- Its judgement ---
 
 
