@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,20 +13,20 @@ import pytest
 import anymail_retry.checks
 import anymail_retry.signals
 import anymail_retry.testing
-from anymail_retry import conf
+from anymail_retry import RetryMixin, conf
+from anymail_retry.backends import RetryableMandrillEmailBackend
 from anymail_retry.conf import Unset
+from anymail_retry.mailqueue.fallback import FallbackQueueMixin
 from anymail_retry.mailqueue.states import State
 from anymail_retry.testing import Fault, HandshakeFault, LocalEsp
 from anymail_retry.testing.pytest import local_esp
 from anymail_retry.verdict import Verdict
-from tests.settings import MAIL_SETTINGS
+from tests.sites import Site, site
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_django.fixtures import SettingsWrapper
-
-__all__ = ["local_esp"]  # a fixture
+__all__ = ["local_esp", "site"]  # fixtures
 
 CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.rst").read_text(encoding="utf-8")
@@ -145,23 +146,37 @@ def test_examples_are_python(page: str, number: int) -> None:
 
 
 @pytest.mark.django_db
-def test_example_of_the_testing_page_passes(local_esp: Callable[..., LocalEsp], settings: SettingsWrapper) -> None:
+def test_example_of_the_testing_page_passes(local_esp: Callable[..., LocalEsp], site: Site) -> None:
+    """As it stands with MAILERS, and with the lines that the page has for other sites."""
     (example,) = (block for block in python_blocks("testing.rst") if "def test_" in block)
-    if MAIL_SETTINGS == "mailers":
-        del settings.MAILERS  # the example is written for both
+    if site.way == "legacy":
+        (lines,) = (block for block in python_blocks("testing.rst") if block.startswith("settings.EMAIL_BACKEND"))
+        with_mailers = re.compile(r"^    settings\.MAILERS = .*\n", re.MULTILINE)
+        example, replaced = with_mailers.subn(indent(lines, "    "), example)
+        assert replaced == 1
     names: dict[str, Any] = {}
     exec(compile(example, "testing.rst", "exec"), names)
     (test,) = (value for name, value in names.items() if name.startswith("test_"))
-    test(local_esp, settings)
+    test(local_esp, site.settings)
 
 
-def test_own_back_end_of_the_readme_retries() -> None:
-    from anymail_retry import RetryMixin
+def test_settings_of_the_readme_are_those_of_a_back_end_of_ours(site: Site) -> None:
+    """Each form as it stands, beside what a site has for Anymail."""
+    setting = "MAILERS" if site.way == "mailers" else "EMAIL_BACKEND"
+    (example,) = (block for block in python_blocks("README.rst") if f"{setting} = " in block)
+    written: dict[str, Any] = {}
+    exec(compile(example, "README.rst", "exec"), written)
+    setattr(site.settings, setting, written[setting])
+    site.settings.ANYMAIL = {"MANDRILL_API_KEY": "test-api-key"}
+    assert type(site.connection()) is RetryableMandrillEmailBackend
 
+
+def test_own_back_end_of_the_readme_retries_and_queues() -> None:
     (example,) = (block for block in python_blocks("README.rst") if "class " in block)
     names: dict[str, Any] = {}
     exec(compile(example, "README.rst", "exec"), names)
-    assert issubclass(names["RetryableMandrillEmailBackend"], RetryMixin)
+    assert issubclass(names["MyBackend"], RetryMixin)
+    assert issubclass(names["MyBackend"], FallbackQueueMixin)
 
 
 # --- The README ---
