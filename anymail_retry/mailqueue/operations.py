@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
+from django.core.mail import EmailMessage
 from django.db import transaction
 from django.db.models import Case, CharField, F, QuerySet, Value, When
 
+from .. import conf
 from ..delivery import new_key
+from ..exceptions import PayloadError
 from ..models import MailerState, MessageContent, QueuedMessage
 from . import bodies, gate
+from .claim import Claimer
 from .clock import MARGIN, clock_of
 from .database import queue_database
 from .encryption import SUBJECT, CannotDecrypt, cipher, decrypted, stored_size
 from .fields import UTCDateTimeField
+from .mailers import MailerGone, find
+from .serialization import unpack
 from .states import TERMINAL, WAITING, State
 from .wakeup import wake
 
@@ -97,21 +104,13 @@ def send_again(row: QueuedMessage) -> QueuedMessage:
     now = _now()
     with transaction.atomic(using=alias):
         # Locked, so that nobody encrypts its content anew between the two queries that read it.
-        old = QueuedMessage.objects.using(alias).select_for_update().get(pk=row.pk)
+        old = QueuedMessage.objects.using(alias).select_for_update().filter(pk=row.pk).first()
+        if old is None:
+            raise ValueError(f"message {row.pk} is not in the queue any more")
         if old.state not in TERMINAL:
             raise ValueError(f"message {old.pk} is {old.state}: it is not sent again while it may still be sent")
-        content = MessageContent.objects.using(alias).filter(message=old).first()
-        attachments = bodies.load(alias, [old.pk]).get(old.pk, [])
-        if content is None or len(attachments) != old.attachment_count:
-            raise ValueError(
-                f"the content of message {old.pk} is not kept any more"
-                " (EMAIL_QUEUE_KEEP_CONTENT = True keeps that of sent messages)"
-            )
         now_under = cipher()
-        try:
-            payload, plain = decrypted(now_under, content.payload, [data for _, _, data in attachments])
-        except CannotDecrypt as error:
-            raise ValueError(f"the content of message {old.pk} cannot be decrypted: {error}") from None
+        payload, plain = _content(alias, old)
         if now_under is not None:
             payload = now_under.encrypt_text(payload)
         new = QueuedMessage(
@@ -135,6 +134,23 @@ def send_again(row: QueuedMessage) -> QueuedMessage:
     return new
 
 
+def stored_message(row: QueuedMessage) -> EmailMessage:
+    """The message of a row, rebuilt from its stored content.
+
+    :raises ValueError: the content is not kept, or cannot be decrypted or decoded; says which.
+    """
+    try:
+        return unpack(*_content(queue_database(), row))
+    except PayloadError as error:
+        raise ValueError(f"the content of message {row.pk} cannot be decoded: {error}") from None
+
+
+def mailers() -> list[str]:
+    """The names of all mailers that the settings configure, or that a row names."""
+    alias = queue_database()
+    return sorted({*_configured_mailers(), *Claimer(alias, clock_of(alias), lease=0.0).mailers()})
+
+
 def pause(mailer: str, reason: str = "paused by an operator") -> None:
     """Keep a mailer's mail back, on every host, until :func:`resume`."""
     alias = queue_database()
@@ -153,6 +169,36 @@ def resume(mailer: str) -> bool:
         if resumed:
             wake(alias)
     return resumed
+
+
+def _configured_mailers() -> Iterator[str]:
+    """What sends; a mailer that only stands before another is named by that one."""
+    configured = conf.mailers()
+    for name in [conf.email_backend()] if configured is None else configured:
+        try:
+            mailer = find(name)
+        except (MailerGone, ImproperlyConfigured):
+            continue  # a system check says what is wrong with it
+        if mailer.alias is None and mailer.name == name:
+            # The row of a send that failed names the class, by whatever other name EMAIL_BACKEND found it.
+            yield f"{mailer.backend_class.__module__}.{mailer.backend_class.__qualname__}"
+        else:
+            yield mailer.name
+
+
+def _content(alias: str, row: QueuedMessage) -> tuple[str, Sequence[bytes]]:
+    """The payload and the attachments of a message, as they were before they were encrypted."""
+    content = MessageContent.objects.using(alias).filter(message=row.pk).first()
+    attachments = bodies.load(alias, [row.pk]).get(row.pk, [])
+    if content is None or len(attachments) != row.attachment_count:
+        raise ValueError(
+            f"the content of message {row.pk} is not kept any more"
+            " (EMAIL_QUEUE_KEEP_CONTENT = True keeps that of sent messages)"
+        )
+    try:
+        return decrypted(cipher(), content.payload, [data for _, _, data in attachments])
+    except CannotDecrypt as error:
+        raise ValueError(f"the content of message {row.pk} cannot be decrypted: {error}") from None
 
 
 def _mine(rows: QuerySet[QueuedMessage]) -> QuerySet[QueuedMessage]:

@@ -13,9 +13,12 @@ from anymail_retry.mailqueue.enqueue import enqueue
 from anymail_retry.mailqueue.operations import Change
 from anymail_retry.mailqueue.states import State
 from anymail_retry.mailqueue.worker import Totals, Worker
-from anymail_retry.models import AttachmentBody, MailerState, QueuedMessage
+from anymail_retry.models import AttachmentBody, MailerState, MessageContent, QueuedMessage
+from tests.sites import MANDRILL, Site, site
 
 from .engine import KEYED, PLAIN, Script, change, future, mail, past, queue
+
+__all__ = ["site"]  # a fixture
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("script")]
 
@@ -169,7 +172,60 @@ def test_message_whose_content_is_gone_cannot_be_sent_again() -> None:
         operations.send_again(row)
 
 
+def test_message_that_was_purged_meanwhile_cannot_be_sent_again() -> None:
+    (row,) = queue()
+    QueuedMessage.objects.all().delete()
+    with pytest.raises(ValueError, match="not in the queue any more"):
+        operations.send_again(row)
+
+
+# --- look ---
+
+
+def test_stored_message_is_rebuilt() -> None:
+    message = mail("look", cc=["cc@example.com"])
+    message.attach("a.bin", b"\0\1", "application/octet-stream")
+    (row,) = enqueue([message], mailer=PLAIN, origin="queued")
+    stored = operations.stored_message(row)
+    assert (stored.subject, stored.cc) == ("look", ["cc@example.com"])
+    assert stored.attachments == [("a.bin", b"\0\1", "application/octet-stream")]
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        pytest.param(None, "is not kept any more", id="gone"),
+        pytest.param("gAAAAA", "cannot be decrypted", id="no key"),
+        pytest.param('{"v": 99}', "cannot be decoded: .*version 99", id="of a newer release"),
+        pytest.param("{", "cannot be decoded: .*not JSON", id="damaged"),
+    ],
+)
+def test_content_that_cannot_be_read_says_why(payload: str | None, why: str) -> None:
+    (row,) = queue()
+    content = MessageContent.objects.all()
+    content.delete() if payload is None else content.update(payload=payload)
+    with pytest.raises(ValueError, match=why):
+        operations.stored_message(row)
+
+
 # --- mailers ---
+
+
+def test_mailers_are_those_of_the_settings_and_those_of_rows(site: Site) -> None:
+    site.behind("queued", MANDRILL)
+    queue(mailer="one.that.is.gone")
+    assert operations.mailers() == sorted(["one.that.is.gone", site.mailer])
+
+
+def test_mailer_has_the_name_that_its_rows_have(site: Site) -> None:
+    backend = "anymail_retry.backends.RetryableMandrillEmailBackend"
+    site.behind("", backend)
+    assert operations.mailers() == ["default" if site.way == "mailers" else MANDRILL]
+
+
+def test_mailer_that_cannot_be_used_is_left_out(site: Site) -> None:
+    site.behind("", "no.such.Backend")
+    assert operations.mailers() == []
 
 
 def test_paused_mailer_sends_nothing_until_resumed() -> None:
