@@ -86,8 +86,22 @@ def _seconds(moment: datetime | None) -> str | None:
 
 def _time(name: str, description: Any) -> Any:
     @admin.display(description=description, ordering=name)
-    def show(self: Any, row: Any) -> str | None:
-        return _seconds(getattr(row, name))
+    def show(self: Any, row: Any) -> Any:
+        return _seconds(getattr(row, name)) or self.get_empty_value_display()
+
+    return show
+
+
+def _short_time(name: str, description: Any) -> Any:
+    """A column: of today's times the time alone."""
+
+    @admin.display(description=description, ordering=name)
+    def show(self: Any, row: Any) -> Any:
+        text = _seconds(getattr(row, name))
+        if text is None:
+            return None
+        today = f"{timezone.localdate():%Y-%m-%d} "
+        return format_html('<span class="nowrap" title="{}">{}</span>', text, text.removeprefix(today))
 
     return show
 
@@ -325,8 +339,8 @@ MAYBE_TAKEN = Q(maybe_taken_since__isnull=False) | Q(verdict=Verdict.AMBIGUOUS.v
 RETRIED = (*WAITING, State.HELD, State.FAILED)
 
 TWICE = _(
-    "The ESP may have taken these messages already, and whoever got one gets it a second time."
-    " Its own log of what it delivered knows."
+    "Of the messages that you chose, the ESP may have taken these already: whoever got one gets it a second time."
+    " Its own log says what it delivered."
 )
 
 
@@ -354,17 +368,7 @@ class AttemptInline(_ReadOnly, _TabularInline):
 
 @admin.register(QueuedMessage)
 class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
-    list_display = (
-        "id",
-        "state",
-        "short_subject",
-        "short_recipients",
-        "short_mailer",
-        "due",
-        "tries",
-        "last_answer",
-        "created",
-    )
+    list_display = ("id", "state", "message", "short_mailer", "short_due", "last_answer", "short_created")
     list_filter = ("state", _MailerFilter, "priority", _VerdictFilter, "created_at")
     search_fields = ("subject", "recipients", "reason", "answer", "=id")
     ordering = ("-id",)
@@ -373,15 +377,18 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
     fieldsets = (
         (
             _("What"),
-            {"fields": ("state", "subject", "recipients", "mailer", "priority", "size", "attachment_count", "origin")},
+            {"fields": (("state", "priority", "origin"), "subject", "recipients", "mailer", "stored_size")},
         ),
-        (_("When"), {"fields": ("created", "starts", "expires", "due", "ended")}),
+        (_("When"), {"fields": (("created", "starts", "expires"), ("due", "ended"))}),
         (
             _("What happened"),
-            {"fields": ("attempt_count", "verdict", "reason", "http_status", "answer", "maybe_taken")},
+            {"fields": (("attempt_count", "verdict", "http_status"), "reason", "answer", "maybe_taken")},
         ),
         (_("Content"), {"fields": ("preview",)}),
-        (_("Internals"), {"classes": ("collapse",), "fields": ("claimed", "on_ambiguous", "key_from_user")}),
+        (
+            _("Internals"),
+            {"classes": ("collapse",), "fields": ("claimed", "on_ambiguous", "key_from_user")},
+        ),
     )
 
     created = _time("created_at", _("created"))
@@ -391,6 +398,8 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
     ended = _time("ended_at", _("ended"))
     claimed = _time("claimed_at", _("last claimed"))
     maybe_taken = _time("maybe_taken_since", _("maybe taken since"))
+    short_created = _short_time("created_at", _("created"))
+    short_due = _short_time("due_at", _("due"))
 
     retry_now = _action(
         "retry_now",
@@ -425,8 +434,8 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
         takes=RETRIED,
         risk=Q(),
         warning=_(
-            "These messages will not be sent, and nobody is told. Until their record is purged you may think better"
-            " of it, and send them again as new messages."
+            "These messages will not be sent, and nobody is told. You can send them again as new messages, until they"
+            " are purged."
         ),
     )
     send_again = _action(
@@ -436,30 +445,28 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
         _send_again,
         takes=TERMINAL,
         risk=Q(state=State.SENT) | MAYBE_TAKEN,
-        warning=_("These messages were sent, or may have been, and whoever got one gets it a second time."),
+        warning=_(
+            "Of the messages that you chose, these were sent, or may have been: whoever got one gets it a second time."
+        ),
     )
     actions = ("retry_now", "hold", "release", "cancel", "send_again")
 
-    @admin.display(description=_("subject"), ordering="subject")
-    def short_subject(self, row: QueuedMessage) -> Any:
-        return _shortened(row.subject, 40)
-
-    @admin.display(description=_("recipients"), ordering="recipients")
-    def short_recipients(self, row: QueuedMessage) -> Any:
-        return _shortened(row.recipients, 30)
+    @admin.display(description=_("message"), ordering="subject")
+    def message(self, row: QueuedMessage) -> Any:
+        return format_html("{}<br>{}", _shortened(row.subject, 40), _shortened(row.recipients, 25))
 
     @admin.display(description=_("mailer"), ordering="mailer")
     def short_mailer(self, row: QueuedMessage) -> Any:
         return format_html('<span title="{}">{}</span>', row.mailer, Truncator(_short_name(row.mailer)).chars(20))
 
-    @admin.display(description=_("tries"), ordering="attempt_count")
-    def tries(self, row: QueuedMessage) -> int:
-        return row.attempt_count
-
     @admin.display(description=_("last answer"))
     def last_answer(self, row: QueuedMessage) -> Any:
         said = " ".join(str(word) for word in (row.http_status, row.verdict) if word)
         return _shortened(": ".join(filter(None, (said, row.reason, row.answer))), 60)
+
+    @admin.display(description=_("size"))
+    def stored_size(self, row: QueuedMessage) -> str:
+        return filesizeformat(row.size)
 
     @admin.display(description=_("stored message"))
     def preview(self, row: QueuedMessage) -> str:
@@ -469,6 +476,9 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
         if request.user.has_perm("anymail_retry.view_messagecontent"):
             return self.fieldsets
         return [fieldset for fieldset in self.fieldsets if "preview" not in fieldset[1]["fields"]]
+
+    def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> Any:
+        return super().changelist_view(request, {"title": _("Queued messages"), **(extra_context or {})})
 
     def confirm(
         self, request: HttpRequest, rows: QuerySet[QueuedMessage], *, action: str, label: Any, warning: Any
@@ -483,7 +493,6 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
             "rows": rows[:LISTED],
             "more": max(0, rows.count() - LISTED),
             "action": action,
-            "label": label,
             "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
             "select_across": request.POST.get("select_across", "0"),
             "back": request.get_full_path(),
@@ -494,6 +503,7 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
 @admin.register(MailerState)
 class MailerStateAdmin(_ReadOnly, _ModelAdmin):
     list_display = ("alias", "status", "pause_reason", "mail")
+    ordering = ("alias",)
     fields = ("alias", "status", "pause_reason", "slot")
 
     slot = _time("next_slot", _("next slot under the rate limit"))
@@ -540,7 +550,7 @@ class MailerStateAdmin(_ReadOnly, _ModelAdmin):
         for mailer in operations.mailers():
             if mailer not in known:
                 gate.ensure(alias, mailer)  # so that one which never paused can be
-        return super().changelist_view(request, extra_context)
+        return super().changelist_view(request, {"title": _("Mailers"), **(extra_context or {})})
 
     def _tell(self, request: HttpRequest, mailers: list[str], label: Any, done: Any, left: int, why: Any) -> None:
         _log(request, MailerState, mailers, label)

@@ -156,6 +156,7 @@ def test_the_filter_tells_mailers_of_one_short_name_apart(admin_client: Client) 
 
 def test_times_have_seconds(admin_client: Client) -> None:
     row = queued()
+    row = change(row, created_at=past(86_400))
     expected = f"{timezone.localtime(row.created_at):%Y-%m-%d %H:%M:%S}"
     assert expected in list_page(admin_client)
     assert expected in detail_page(admin_client, row)
