@@ -31,7 +31,7 @@ from . import conf
 from .mailqueue import gate, operations
 from .mailqueue.claim import Claimer
 from .mailqueue.clock import clock_of
-from .mailqueue.database import queue_database
+from .mailqueue.database import queue_database, storable
 from .mailqueue.mailers import MailerGone, find
 from .mailqueue.states import TERMINAL, WAITING, State
 from .models import Attempt, MailerState, QueuedMessage
@@ -165,8 +165,8 @@ def _content(row: QueuedMessage) -> dict[str, Any]:
     parts = [(_kind(message.content_subtype), message.body)]
     parts += [(_kind(mimetype), content) for content, mimetype in getattr(message, "alternatives", ())]
     return {
-        "headers": [(name, Truncator(value).chars(1000)) for name, value in _headers(message)],
-        "parts": [(name, str(text)[:SHOWN], len(str(text)) > SHOWN) for name, text in parts if text],
+        "headers": [(name, storable(value, 1000)) for name, value in _headers(message)],
+        "parts": [(name, storable(str(text), SHOWN), len(str(text)) > SHOWN) for name, text in parts if text],
     }
 
 

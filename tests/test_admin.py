@@ -446,6 +446,11 @@ def test_a_long_text_is_cut(admin_client: Client) -> None:
     assert "only the first" in page
 
 
+def test_what_no_page_can_hold_is_replaced(admin_client: Client) -> None:
+    message = EmailMessage("Odd \ud800", "text \udfff", to=["to@example.com"])
+    assert "text ?" in detail_page(admin_client, queued_message(message))
+
+
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
