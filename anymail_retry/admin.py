@@ -490,7 +490,7 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
             "title": _("%s: are you sure?") % label,
             "opts": self.opts,
             "warning": warning,
-            "rows": rows[:LISTED],
+            "rows": [(row, _seconds(row.maybe_taken_since)) for row in rows[:LISTED]],
             "more": max(0, rows.count() - LISTED),
             "action": action,
             "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),

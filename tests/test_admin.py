@@ -355,6 +355,7 @@ def test_the_rest_is_done_at_once(admin_client: Client, action: str, values: dic
 def test_only_those_at_risk_are_shown(admin_client: Client) -> None:
     page = act(admin_client, "retry_now", queued("Harmless", state="failed"), queued("Risky", state="failed", **MAYBE))
     assert "Risky" in page
+    assert f"maybe taken since {timezone.localtime(MAYBE['maybe_taken_since']):%Y-%m-%d %H:%M:%S}" in page
     assert "Harmless" not in page
 
 
