@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 WIDTH = 30
 
 
 class Progress:
     """Shows how far something is, on standard error if that is a terminal; elsewhere it shows nothing.
+
+    As a context manager it clears the line at the end, for what is printed after it.
 
     :param total: how much there is to do; more may come.
     """
@@ -21,6 +26,12 @@ class Progress:
         self.stream = stream or sys.stderr
         self.is_shown = self.stream.isatty()
         self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     def show(self, done: int) -> None:
         if not self.is_shown:
@@ -33,7 +44,6 @@ class Progress:
         self.stream.flush()
 
     def end(self) -> None:
-        """Clear the line, for what is printed after it."""
         if self.is_shown:
             self.stream.write("\r\033[K")
             self.stream.flush()

@@ -9,45 +9,25 @@ import sys
 import threading
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management.base import BaseCommand, CommandError
-from django.db import Error as DatabaseError
-from django.db import connections
-from django.utils.connection import ConnectionDoesNotExist
+from django.core.management.base import CommandError, OutputWrapper
 
-from ..mailqueue.database import queue_database
+from ..mailqueue.status import COUNTED, Glance, Remaining, glance, remaining
 from ..mailqueue.watchdog import Watchdog
 from ..mailqueue.worker import Totals, Worker
-from ..models import MailerState, QueuedMessage
+from .queue_command import QueueCommand, chosen_mailers, duration, pauses_for_scripts, usable_database
 
 
-def usable_database() -> str:
-    """The alias of the queue's database, once it is clear that the queue can be used there.
-
-    :raises CommandError: saying what to do.
-    """
-    try:
-        alias = queue_database()
-        tables = connections[alias].introspection.table_names()
-    except (ImproperlyConfigured, ConnectionDoesNotExist) as error:
-        raise CommandError(str(error)) from error
-    except DatabaseError as error:
-        raise CommandError(f"The database does not answer: {str(error).strip()}") from error
-    if QueuedMessage._meta.db_table not in tables:
-        option = "" if alias == "default" else f" --database {alias}"
-        raise CommandError(f"The queue's tables are missing. Run: manage.py migrate anymail_retry{option}")
-    return alias
-
-
-class WorkerCommand(BaseCommand):
+class WorkerCommand(QueueCommand):
     """A command that runs a worker."""
 
-    requires_migrations_checks = False  # usable_database() says it better
+    #: Print nothing where nothing was done, unless somebody watches: cron mails each line that is printed.
+    is_silent_when_idle = False
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
@@ -57,13 +37,16 @@ class WorkerCommand(BaseCommand):
             help="send only this mailer's mail (a MAILERS alias, or the dotted path of a back end); may be repeated",
         )
         parser.add_argument(
-            "--threads", type=_positive(int), help="send so many messages at a time (EMAIL_QUEUE_THREADS)"
+            "--threads", type=positive(int), help="send so many messages at a time (EMAIL_QUEUE_THREADS)"
         )
-        parser.add_argument("--limit", type=_positive(int), help="end after so many messages")
-        parser.add_argument("--max-time", type=_positive(float), metavar="SECONDS", help="end after so many seconds")
+        parser.add_argument("--limit", type=positive(int), help="end after so many messages")
+        parser.add_argument("--max-time", type=positive(float), metavar="SECONDS", help="end after so many seconds")
         parser.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
         parser.add_argument(
-            "--exit-code", action="store_true", help="exit with 1 if a message failed or is held, else with 0"
+            "--exit-code",
+            action="store_true",
+            help="exit with 1 if this command brought a message to failed or held, else with 0; a mailer that pauses"
+            " does not count (mail_queue_status --max-age does)",
         )
 
     def make_worker(self, options: dict[str, Any]) -> Worker:
@@ -71,7 +54,7 @@ class WorkerCommand(BaseCommand):
         try:
             return Worker(
                 alias=alias,
-                only=options["mailer"],
+                only=chosen_mailers(alias, options["mailer"]),
                 threads=options["threads"],
                 limit=options["limit"],
                 max_time=options["max_time"],
@@ -82,56 +65,60 @@ class WorkerCommand(BaseCommand):
     def work(self, worker: Worker, run: Callable[[], Totals], options: dict[str, Any]) -> None:
         """Run the worker, and say at the end what it did."""
         began = time.monotonic()
-        try:
-            with self._logging(options["verbosity"]), stopped_by_signals(worker), Watchdog(worker):
-                totals = run()
-        except DatabaseError as error:
-            raise CommandError(f"The database failed: {str(error).strip()}") from error
+        with self._logging(options), stopped_by_signals(worker), Watchdog(worker):
+            totals = run()
         self.tell(worker, totals, time.monotonic() - began, options)
         if worker.was_interrupted or (options["exit_code"] and (totals.failed or totals.held)):
             sys.exit(1)
 
     def tell(self, worker: Worker, totals: Totals, seconds: float, options: dict[str, Any]) -> None:
-        paused = [
-            state
-            for state in MailerState.objects.using(worker.alias).exclude(paused_until=None)
-            if worker.only is None or state.alias in worker.only
-        ]
+        found = glance(worker.only, alias=worker.alias)
         if options["json"]:
-            pauses = {
-                state.alias: {"until": state.paused_until.isoformat(), "reason": state.pause_reason}
-                for state in paused
-                if state.paused_until
-            }
-            self.stdout.write(json.dumps({**vars(totals), "seconds": round(seconds, 3), "paused": pauses}))
-            return
-        if options["verbosity"] < 1:
-            return
-        self.stdout.write(summary(totals, seconds))
-        for state in paused:
-            self.stdout.write(
-                self.style.WARNING(
-                    f"{state.alias} pauses until {state.paused_until:%Y-%m-%d %H:%M:%S} UTC: {state.pause_reason}"
-                )
-            )
+            left = for_scripts(remaining(worker.only, alias=worker.alias))
+            paused = pauses_for_scripts(found)
+            self.stdout.write(json.dumps({**vars(totals), "seconds": round(seconds, 3), "paused": paused, **left}))
+        elif options["verbosity"] > 1 or (options["verbosity"] == 1 and self._is_worth_a_line(totals, found)):
+            left_words = what_remains(remaining(worker.only, alias=worker.alias))
+            self.stdout.write(f"{summary(totals, seconds)}; {left_words}")
+            self.tell_pauses(one for one in found if one.paused_until is not None)
+
+    def _is_worth_a_line(self, totals: Totals, found: Iterable[Glance]) -> bool:
+        if not self.is_silent_when_idle or totals.done or any(one.is_paused for one in found):
+            return True
+        return self.stdout.isatty()
 
     @contextmanager
-    def _logging(self, verbosity: int) -> Iterator[None]:
-        """With ``-v 2``, what the worker does, on standard output."""
-        if verbosity < 2:
+    def _logging(self, options: dict[str, Any]) -> Iterator[None]:
+        """With ``-v 2``, what the worker does: on standard output, or on standard error if that is for JSON."""
+        if options["verbosity"] < 2:
             yield
             return
         logger = logging.getLogger("anymail_retry")
-        handler = logging.StreamHandler(self.stdout)
+        handler = LogLines(self.stderr if options["json"] else self.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO if verbosity == 2 else logging.DEBUG)
+        logger.setLevel(logging.INFO if options["verbosity"] == 2 else logging.DEBUG)
         try:
             yield
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+class LogLines(logging.Handler):
+    """Prints log lines by way of a command, and not in the colour that its errors have."""
+
+    def __init__(self, out: OutputWrapper) -> None:
+        super().__init__()
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.out.write(self.format(record), style_func=str)
+            self.out.flush()
+        except Exception:
+            self.handleError(record)
 
 
 def summary(totals: Totals, seconds: float) -> str:
@@ -140,6 +127,33 @@ def summary(totals: Totals, seconds: float) -> str:
     if totals.cancelled:
         parts.append(f"cancelled {totals.cancelled}")
     return f"{', '.join(parts)} in {seconds:.1f} s"
+
+
+def what_remains(left: Remaining) -> str:
+    """``23 wait, the next is due in 40 s; 3 are being sent by others``"""
+    words = "nothing waits"
+    if left.waiting:
+        number = f"{left.waiting:,}" if left.is_exact else f"more than {(left.waiting - 1) // 1000 * 1000:,}"
+        words = f"{number} {'waits' if left.waiting == 1 else 'wait'}"
+        if left.due == left.waiting:
+            words += ", due now"
+        elif left.due:
+            words += f", {left.due if left.due <= COUNTED else 'many'} of them due now"
+        elif left.next_due_at is not None:
+            words += f", the next is due in {duration((left.next_due_at - left.read_at).total_seconds())}"
+    if left.being_sent:
+        words += f"; {left.being_sent} {'is' if left.being_sent == 1 else 'are'} being sent by others"
+    return words
+
+
+def for_scripts(left: Remaining) -> dict[str, Any]:
+    return {
+        "waiting": left.waiting,
+        "due": left.due,
+        "being_sent": left.being_sent,
+        "next_due_at": left.next_due_at.isoformat() if left.next_due_at else None,
+        "exact": left.is_exact,
+    }
 
 
 @contextmanager
@@ -163,10 +177,10 @@ def stopped_by_signals(worker: Worker) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
-        if value <= 0:
+        if not value > 0:  # nor "nan"
             raise ValueError
         return value
 

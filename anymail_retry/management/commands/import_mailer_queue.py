@@ -7,23 +7,22 @@ import sys
 from argparse import ArgumentParser
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import CommandError
 from django.db import Error as DatabaseError
 
 from ...mailqueue import importing
 from ..progress import Progress
-from ..worker_command import usable_database
+from ..queue_command import QueueCommand, usable_database
 
 #: Ids printed for one reason; ``--json`` has them all.
 IDS_SHOWN = 20
 
 
-class Command(BaseCommand):
+class Command(QueueCommand):
     help = (
         "Take over the mail that waits in an installed django-mailer or django-post_office: each message becomes one of"
         " ours and is deleted there, in one transaction. What cannot be taken stays where it is. Can be run again."
     )
-    requires_migrations_checks = False
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
@@ -63,11 +62,9 @@ class Command(BaseCommand):
             sys.exit(1)
 
     def _take_over(self, source: importing.Source, *, dry_run: bool) -> importing.Report:
-        progress = Progress(f"importing from {source.app}", source.pending().count() if sys.stderr.isatty() else 0)
-        try:
+        pending = source.pending().count() if sys.stderr.isatty() else 0
+        with Progress(f"importing from {source.app}", pending) as progress:
             return importing.take_over(source, dry_run=dry_run, progress=progress.show)
-        finally:
-            progress.end()
 
     def _tell(self, source: importing.Source, report: importing.Report, *, dry_run: bool) -> None:
         verbs = "would take {}, leave {}" if dry_run else "took {}, left {}"

@@ -8,13 +8,13 @@ from argparse import ArgumentParser
 from datetime import timedelta
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import CommandError
 
 from ...mailqueue import retention
 from ...mailqueue.clock import clock_of
 from ...mailqueue.states import TERMINAL, State
 from ..progress import Progress
-from ..worker_command import usable_database
+from ..queue_command import QueueCommand, usable_database
 
 RESULTS = {
     "success": (State.SENT, State.CANCELLED),
@@ -23,9 +23,8 @@ RESULTS = {
 }
 
 
-class Command(BaseCommand):
+class Command(QueueCommand):
     help = "Delete messages whose life ended at least DAYS days ago, with their history. Never mail that still waits."
-    requires_migrations_checks = False
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("days", type=float, metavar="DAYS")
@@ -45,14 +44,12 @@ class Command(BaseCommand):
         now = clock_of(alias).now()
         states = RESULTS[options["result"]]
         before = now - timedelta(days=options["days"])
-        progress = Progress(
-            "deleting", retention.count(alias, before=before, states=states) if sys.stderr.isatty() else 0
-        )
+        total = retention.count(alias, before=before, states=states) if sys.stderr.isatty() else 0
         deleted = 0
-        for number in retention.purge(alias, before=before, states=states):
-            deleted += number
-            progress.show(deleted)
-        progress.end()
+        with Progress("deleting", total) as progress:
+            for number in retention.purge(alias, before=before, states=states):
+                deleted += number
+                progress.show(deleted)
         orphans = retention.delete_orphans(alias, now)
         if options["json"]:
             self.stdout.write(json.dumps({"messages": deleted, "orphans": orphans}))

@@ -9,21 +9,20 @@ from collections import Counter
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import CommandError
 
 from ...mailqueue import reencryption
 from ...mailqueue.encryption import cipher
 from ...mailqueue.reencryption import Storage
 from ..progress import Progress
-from ..worker_command import usable_database
+from ..queue_command import QueueCommand, usable_database
 
 
-class Command(BaseCommand):
+class Command(QueueCommand):
     help = (
         "Encrypt all stored mail under the first of EMAIL_QUEUE_ENCRYPTION_KEYS, and say how much is still plain or"
         " under another key. Workers may run meanwhile; what they are sending is left alone."
     )
-    requires_migrations_checks = False
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--dry-run", action="store_true", help="only count")
@@ -38,15 +37,12 @@ class Command(BaseCommand):
         if encrypting is None:
             raise CommandError("EMAIL_QUEUE_ENCRYPTION_KEYS is empty: there is no key to encrypt with.")
         work = reencryption.survey if options["dry_run"] else reencryption.reencrypt
-        progress = Progress(
-            "counting" if options["dry_run"] else "encrypting",
-            reencryption.count(alias) if sys.stderr.isatty() else 0,
-        )
+        label = "counting" if options["dry_run"] else "encrypting"
         total: Counter[Storage] = Counter()
-        for found in work(alias, encrypting):
-            total += found
-            progress.show(total.total())
-        progress.end()
+        with Progress(label, reencryption.count(alias) if sys.stderr.isatty() else 0) as progress:
+            for found in work(alias, encrypting):
+                total += found
+                progress.show(total.total())
         if options["json"]:
             self.stdout.write(json.dumps({storage.value: total[storage] for storage in Storage}))
         elif options["verbosity"] >= 1:
