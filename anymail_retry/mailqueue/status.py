@@ -22,8 +22,11 @@ from .clock import clock_of
 from .database import queue_database
 from .states import WAITING, Priority, State
 
-#: Rows of one mailer and priority that :func:`remaining` counts, of those that are due and of those that will be.
+#: How many due messages :func:`remaining` counts, and how many others; then it says that there are more.
 COUNTED = 10_000
+
+#: But of each mailer and priority it reads so many that are not due: those that are being sent are the first of them.
+READ = 1000
 
 
 @dataclass(frozen=True)
@@ -124,23 +127,27 @@ def remaining(only: Collection[str] | None = None, *, alias: str | None = None) 
     """
     alias = alias or queue_database()
     now = clock_of(alias).now()
-    waiting = due = being_sent = 0
+    due = later = being_sent = 0
     nexts: list[datetime] = []
-    is_exact = True
     for name in _names(alias, (), only):
         for rows in _by_priority(alias, name):
-            due_here = _due(rows, now)[: COUNTED + 1].count()
-            later = _later(rows, now)[: COUNTED + 1].aggregate(
+            due += _due(rows, now)[: COUNTED + 1 - due].count()
+            found = _later(rows, now)[: max(COUNTED + 1 - later, READ)].aggregate(
                 number=Count("pk"),
                 sending=Count("pk", filter=Q(state=State.SENDING)),
                 next=Min("due_at", filter=Q(state__in=WAITING)),
             )
-            due += due_here
-            being_sent += later["sending"]
-            waiting += due_here + later["number"] - later["sending"]
-            nexts += [later["next"]] if later["next"] else []
-            is_exact = is_exact and max(due_here, later["number"]) <= COUNTED
-    return Remaining(waiting, due, being_sent, min(nexts, default=None), now, is_exact)
+            later += found["number"]
+            being_sent += found["sending"]
+            nexts += [found["next"]] if found["next"] else []
+    return Remaining(
+        waiting=due + later - being_sent,
+        due=due,
+        being_sent=being_sent,
+        next_due_at=min(nexts, default=None),
+        read_at=now,
+        is_exact=max(due, later) <= COUNTED,
+    )
 
 
 def mailer_names(alias: str) -> list[str]:
