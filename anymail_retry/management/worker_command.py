@@ -72,15 +72,18 @@ class WorkerCommand(QueueCommand):
             sys.exit(1)
 
     def tell(self, worker: Worker, totals: Totals, seconds: float, options: dict[str, Any]) -> None:
+        if not (options["json"] or options["verbosity"]):
+            return
         found = glance(worker.only, alias=worker.alias)
+        if not options["json"] and options["verbosity"] == 1 and not self._is_worth_a_line(totals, found):
+            return
+        left = remaining(worker.only, alias=worker.alias)
         if options["json"]:
-            left = for_scripts(remaining(worker.only, alias=worker.alias))
-            paused = pauses_for_scripts(found)
-            self.stdout.write(json.dumps({**vars(totals), "seconds": round(seconds, 3), "paused": paused, **left}))
-        elif options["verbosity"] > 1 or (options["verbosity"] == 1 and self._is_worth_a_line(totals, found)):
-            left_words = what_remains(remaining(worker.only, alias=worker.alias))
-            self.stdout.write(f"{summary(totals, seconds)}; {left_words}")
-            self.tell_pauses(one for one in found if one.paused_until is not None)
+            done = {**vars(totals), "seconds": round(seconds, 3), "paused": pauses_for_scripts(found)}
+            self.stdout.write(json.dumps({**done, **for_scripts(left)}))
+            return
+        self.stdout.write(f"{summary(totals, seconds)}; {what_remains(left)}")
+        self.tell_pauses(one for one in found if one.paused_until is not None)
 
     def _is_worth_a_line(self, totals: Totals, found: Iterable[Glance]) -> bool:
         if not self.is_silent_when_idle or totals.done or any(one.is_paused for one in found):

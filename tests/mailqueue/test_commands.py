@@ -369,18 +369,17 @@ def test_mailers_are_known_by_the_settings_and_by_their_mail(command: tuple[str,
 
 
 @pytest.mark.skipif(django.VERSION < (6, 1), reason="Django has no MAILERS")
-@pytest.mark.parametrize("chosen", ["front", "behind"])
-@pytest.mark.parametrize("row_name", ["front", "behind"])
-def test_a_mailer_that_stands_before_another_is_the_other(
-    chosen: str, row_name: str, settings: SettingsWrapper
-) -> None:
-    """Whichever of them a row was queued for: the other was put before it since."""
+@pytest.mark.parametrize("chosen", ["front", "behind", PLAIN])
+@pytest.mark.parametrize("row_name", ["front", "behind", PLAIN])
+def test_a_mailer_is_meant_by_each_of_its_names(chosen: str, row_name: str, settings: SettingsWrapper) -> None:
+    """And a row may have any of them: from before MAILERS, or from before the other was put before it."""
     settings.MAILERS = {
         "default": {"BACKEND": OTHER},
         "front": {"BACKEND": "anymail_retry.backends.queued.EmailBackend", "OPTIONS": {"using": "behind"}},
         "behind": {"BACKEND": PLAIN},
     }
-    queue("a", mailer=row_name)
+    (row,) = queue("a", mailer="behind")
+    change(row, mailer=row_name)
     queue("b", mailer="default")
     run("send_mail", "--mailer", chosen)
     assert states() == {"a": "sent", "b": "queued"}
