@@ -29,7 +29,7 @@ from django.utils.translation import ngettext
 
 from . import conf
 from .mailqueue import gate, operations
-from .mailqueue.claim import Claimer
+from .mailqueue.claim import mailers_with_rows
 from .mailqueue.clock import clock_of
 from .mailqueue.database import queue_database, storable
 from .mailqueue.mailers import MailerGone, find
@@ -125,7 +125,7 @@ class _MailerFilter(admin.SimpleListFilter):
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
         alias = queue_database()
-        names = Claimer(alias, clock_of(alias), lease=0.0).mailers()
+        names = mailers_with_rows(alias)
         times = Counter(map(_short_name, names))
         return [(name, short if times[short := _short_name(name)] == 1 else name) for name in names]
 

@@ -107,6 +107,18 @@ class Job:
         return [body for body, digest, _ in self.attachments if digest is None]
 
 
+def mailers_with_rows(alias: str) -> list[str]:
+    """The names of all mailers that have rows: one short index look-up for each."""
+    rows = QueuedMessage.objects.using(alias)
+    names: list[str] = []
+    while True:
+        following = rows.filter(mailer__gt=names[-1]) if names else rows
+        name = following.order_by("mailer").values_list("mailer", flat=True).first()
+        if name is None:
+            return names
+        names.append(name)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A due row, as it was read and not yet won."""
@@ -214,16 +226,6 @@ class Claimer:
     @property
     def rows(self) -> Any:
         return QueuedMessage.objects.using(self.alias)
-
-    def mailers(self) -> list[str]:
-        """The names of all mailers that have rows: one short index look-up for each."""
-        names: list[str] = []
-        while True:
-            following = self.rows.filter(mailer__gt=names[-1]) if names else self.rows
-            name = following.order_by("mailer").values_list("mailer", flat=True).first()
-            if name is None:
-                return names
-            names.append(name)
 
     def claim(
         self,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..log import get_logger
 from ..models import MailerState
 from . import gate, mailers
-from .claim import Claimer
+from .claim import Claimer, mailers_with_rows
 from .clock import DatabaseClock
 from .mailers import Mailer, MailerGone
 from .schedule import Policy
@@ -109,7 +109,7 @@ class Lanes:
         """Learn which mailers have mail, and which of them pause; at most once per poll."""
         now = self._steady()
         if self._names_read_at is None or now - self._names_read_at >= self.poll:
-            for name in self._claimer.mailers():
+            for name in mailers_with_rows(self._claimer.alias):
                 if name not in self._lanes and (self.only is None or name in self.only):
                     lane = self._lanes[name] = Lane.of(name)
                     if lane.mailer is not None:

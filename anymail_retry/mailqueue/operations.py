@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -15,9 +15,10 @@ from django.db.models import Case, CharField, F, QuerySet, Value, When
 from .. import conf
 from ..delivery import new_key
 from ..exceptions import PayloadError
+from ..log import get_logger
 from ..models import MailerState, MessageContent, QueuedMessage
 from . import bodies, gate
-from .claim import Claimer
+from .claim import mailers_with_rows
 from .clock import MARGIN, clock_of
 from .database import queue_database
 from .encryption import SUBJECT, CannotDecrypt, cipher, decrypted, stored_size
@@ -26,6 +27,11 @@ from .mailers import MailerGone, find
 from .serialization import unpack
 from .states import TERMINAL, WAITING, State
 from .wakeup import wake
+
+logger = get_logger("queue")
+
+#: Reasons by which a key that lives is of no use.
+KEY_TROUBLE = ("key conflict", "body changed")
 
 #: A pause that only a person ends.
 FOR_EVER = datetime(9999, 1, 1, tzinfo=timezone.utc)
@@ -42,8 +48,9 @@ class Change:
 def retry_now(rows: QuerySet[QueuedMessage], states: Collection[State] = (State.DEFERRED,)) -> Change:
     """Make messages due now.
 
-    A message that failed or was held begins anew: under a new idempotency key (save one of the user's own), and
-    without an expiry that has passed. Whoever does this to one that may have been taken sends it a second time.
+    A message that failed or was held begins anew. Where the ESP would still recognise its idempotency key it keeps
+    that; else it gets a new one (save one of the user's own), and whoever does this to one that may have been taken
+    sends it a second time. One that failed because it had expired loses its expiry; one that was held keeps it.
 
     :param states: of ``queued``, ``deferred``, ``held`` and ``failed``, those to touch.
     """
@@ -58,7 +65,7 @@ def retry_now(rows: QuerySet[QueuedMessage], states: Collection[State] = (State.
             changed += _mine(rows).filter(state__in=waiting).update(due_at=due_at, not_before=None)
         ended = [state for state in states if state not in WAITING]
         if ended:
-            changed += _mine(rows).filter(state__in=ended).update(due_at=due_at, not_before=None, **_anew(now))
+            changed += _begin_anew(_mine(rows).filter(state__in=ended), now, due_at=due_at, not_before=None)
         if changed:
             wake(queue_database())
     return Change(changed, _being_sent(rows))
@@ -79,7 +86,7 @@ def release(rows: QuerySet[QueuedMessage]) -> Change:
         output_field=UTCDateTimeField(),
     )
     with transaction.atomic(using=queue_database()):
-        changed = _mine(rows).filter(state=State.HELD).update(due_at=due_at, **_anew(now))
+        changed = _begin_anew(_mine(rows).filter(state=State.HELD), now, due_at=due_at)
         if changed:
             wake(queue_database())
     return Change(changed, _being_sent(rows))
@@ -147,8 +154,7 @@ def stored_message(row: QueuedMessage) -> EmailMessage:
 
 def mailers() -> list[str]:
     """The names of all mailers that the settings configure, or that a row names."""
-    alias = queue_database()
-    return sorted({*_configured_mailers(), *Claimer(alias, clock_of(alias), lease=0.0).mailers()})
+    return sorted({*_configured_mailers(), *mailers_with_rows(queue_database())})
 
 
 def pause(mailer: str, reason: str = "paused by an operator") -> None:
@@ -179,11 +185,7 @@ def _configured_mailers() -> Iterator[str]:
             mailer = find(name)
         except (MailerGone, ImproperlyConfigured):
             continue  # a system check says what is wrong with it
-        if mailer.alias is None and mailer.name == name:
-            # The row of a send that failed names the class, by whatever other name EMAIL_BACKEND found it.
-            yield f"{mailer.backend_class.__module__}.{mailer.backend_class.__qualname__}"
-        else:
-            yield mailer.name
+        yield mailer.name
 
 
 def _content(alias: str, row: QueuedMessage) -> tuple[str, Sequence[bytes]]:
@@ -213,16 +215,43 @@ def _being_sent(rows: QuerySet[QueuedMessage]) -> int:
     return _mine(rows).filter(state=State.SENDING).count()
 
 
-def _anew(now: datetime) -> dict[str, Any]:
-    """What a row forgets when a person has it sent again."""
-    return {
+def _begin_anew(rows: QuerySet[QueuedMessage], now: datetime, **changes: Any) -> int:
+    """Have rows sent again that waited for a person, or had ended."""
+    changes = {
+        # Before the state, because MySQL assigns from left to right.
+        "expires_at": Case(
+            When(state=State.FAILED, expires_at__lte=now, then=None),
+            default=F("expires_at"),
+            output_field=UTCDateTimeField(),
+        ),
+        "lost_count": 0,
+        **changes,
         "state": State.DEFERRED,
         "ended_at": None,
-        "expires_at": Case(
-            When(expires_at__gt=now, then=F("expires_at")), default=None, output_field=UTCDateTimeField()
-        ),
-        "key": Case(When(key_from_user=True, then=F("key")), default=Value(""), output_field=CharField()),
-        "maybe_taken_since": None,
-        "key_used_since": None,
-        "body_digest": None,
     }
+    changed = 0
+    # Under a key that lives the ESP tells a second copy from a first one.
+    for name in rows.filter(key_used_since__isnull=False).order_by().values_list("mailer", flat=True).distinct():
+        window = _key_window(name)
+        if window is not None:
+            live = rows.filter(mailer=name, key_used_since__gt=now - timedelta(seconds=window))
+            changed += live.exclude(reason__in=KEY_TROUBLE).update(**changes)
+    again = list(rows.filter(maybe_taken_since__isnull=False).order_by("pk").values_list("pk", flat=True))
+    changed += rows.update(
+        **changes,
+        key=Case(When(key_from_user=True, then=F("key")), default=Value(""), output_field=CharField()),
+        maybe_taken_since=None,
+        key_used_since=None,
+        body_digest=None,
+    )
+    if again:
+        shown = ", ".join(map(str, again[:20])) + (", ..." if len(again) > 20 else "")
+        logger.warning("sent again by an operator though it may have been taken, may arrive twice: message %s", shown)
+    return changed
+
+
+def _key_window(name: str) -> float | None:
+    try:
+        return find(name).key_window
+    except Exception:  # its worker will say so
+        return None

@@ -17,7 +17,7 @@ from django.db.models import Count, Min, Q
 
 from ..models import MailerState, QueuedMessage
 from . import gate
-from .claim import Claimer
+from .claim import mailers_with_rows
 from .clock import clock_of
 from .database import queue_database
 from .states import WAITING, Priority, State
@@ -150,13 +150,8 @@ def remaining(only: Collection[str] | None = None, *, alias: str | None = None) 
     )
 
 
-def mailer_names(alias: str) -> list[str]:
-    """The names of all mailers that have rows."""
-    return Claimer(alias, clock_of(alias), lease=0.0).mailers()
-
-
 def _names(alias: str, states: Iterable[MailerState], only: Collection[str] | None) -> list[str]:
-    names = {*mailer_names(alias), *(state.alias for state in states if state.paused_until is not None)}
+    names = {*mailers_with_rows(alias), *(state.alias for state in states if state.paused_until is not None)}
     return sorted(names if only is None else names.intersection(only))
 
 

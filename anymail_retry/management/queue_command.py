@@ -13,9 +13,10 @@ from django.utils.connection import ConnectionDoesNotExist
 
 from .. import conf
 from ..mailqueue import mailers
+from ..mailqueue.claim import mailers_with_rows
 from ..mailqueue.database import errors_of, queue_database
 from ..mailqueue.operations import FOR_EVER
-from ..mailqueue.status import Glance, mailer_names
+from ..mailqueue.status import Glance
 from ..models import QueuedMessage
 
 
@@ -69,7 +70,7 @@ def chosen_mailers(alias: str, names: Collection[str] | None) -> list[str] | Non
     """
     if not names:
         return None
-    in_rows = mailer_names(alias)
+    in_rows = mailers_with_rows(alias)
     configured = conf.mailers()
     known = {*in_rows, *([conf.email_backend()] if configured is None else configured)}
     for name in names:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connection
 
-from anymail_retry.mailqueue.claim import Claim, Claimer, Job, Wanted
+from anymail_retry.mailqueue.claim import Claim, Claimer, Job, Wanted, mailers_with_rows
 from anymail_retry.mailqueue.clock import DatabaseClock
 from anymail_retry.mailqueue.database import may_skip_locked
 from anymail_retry.mailqueue.schedule import Policy
@@ -96,11 +96,11 @@ def test_claim_stops_at_its_number_of_bytes_but_takes_one() -> None:
 
 
 def test_mailers_are_those_that_have_rows() -> None:
-    assert claimer().mailers() == []
+    assert mailers_with_rows("default") == []
     queue(mailer="b")
     queue(mailer="a")
     queue("x", "y", mailer="c")
-    assert claimer().mailers() == ["a", "b", "c"]
+    assert mailers_with_rows("default") == ["a", "b", "c"]
 
 
 def test_attachments_come_with_the_claim() -> None:

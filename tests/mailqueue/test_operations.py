@@ -96,27 +96,58 @@ def test_deferred_row_keeps_its_key() -> None:
     assert (kept.key, kept.maybe_taken_since) == (row.key, since)
 
 
-@pytest.mark.parametrize("state", ["held", "failed"])
-@pytest.mark.parametrize("key_from_user", [True, False])
-def test_row_that_a_person_sends_again_begins_anew(script: Script, state: str, key_from_user: bool) -> None:
+def ended(state: str, *, key_age: float = 60, **values: Any) -> QueuedMessage:
+    """A row that a person may send again, of a mailer whose ESP remembers keys for an hour."""
     (row,) = queue(mailer=KEYED, on_ambiguous="hold")
-    change(
-        row,
-        state=state,
-        due_at=None,
-        ended_at=past(),
-        expires_at=past(),
-        maybe_taken_since=past(60),
-        key_used_since=past(60),
-        body_digest="d" * 64,
-        key_from_user=key_from_user,
-    )
+    since = past(key_age)
+    taken = {"maybe_taken_since": since, "key_used_since": since, "body_digest": "d" * 64}
+    return change(row, **{"state": state, "due_at": None, "ended_at": past(), **taken, **values})
+
+
+@pytest.mark.parametrize("state", ["held", "failed"])
+def test_row_that_a_person_sends_again_keeps_a_key_that_lives(script: Script, state: str) -> None:
+    """By which the ESP tells a second copy from a first one."""
+    row = ended(state)
     operations.retry_now(everything(), [State.HELD, State.FAILED])
     assert Worker().drain() == Totals(sent=1)
-    assert (script.sends[0].key == row.key) == key_from_user
+    assert script.sends[0].key == row.key
+    assert QueuedMessage.objects.get().maybe_taken_since == row.maybe_taken_since
+
+
+@pytest.mark.parametrize("state", ["held", "failed"])
+@pytest.mark.parametrize(
+    ("values", "keeps_key"),
+    [
+        pytest.param({"key_age": 7200}, False, id="the key is dead"),
+        pytest.param({"key_age": 7200, "key_from_user": True}, True, id="the key is the user's"),
+        pytest.param({"reason": "key conflict"}, False, id="the ESP knows the key with another body"),
+        pytest.param({"reason": "body changed"}, False, id="so it would"),
+    ],
+)
+def test_row_that_a_person_sends_again_begins_anew_where(
+    script: Script, caplog: pytest.LogCaptureFixture, state: str, values: dict[str, Any], keeps_key: bool
+) -> None:
+    row = ended(state, **values)
+    operations.retry_now(everything(), [State.HELD, State.FAILED])
+    assert Worker().drain() == Totals(sent=1)
+    assert (script.sends[0].key == row.key) == keeps_key
     sent = QueuedMessage.objects.get()
-    assert (sent.expires_at, sent.body_digest) == (None, None)
-    assert (sent.maybe_taken_since, sent.key_used_since) == (None, None)
+    assert (sent.maybe_taken_since, sent.key_used_since, sent.body_digest) == (None, None, None)
+    assert f"may arrive twice: message {row.pk}" in caplog.text
+
+
+def test_held_row_keeps_its_expiry(script: Script) -> None:
+    """A one-time code that a person releases too late is worth nothing."""
+    ended("held", expires_at=past())
+    operations.release(everything())
+    assert Worker().drain() == Totals(failed=1)
+    assert QueuedMessage.objects.get().reason == "expired"
+
+
+def test_row_that_expired_is_sent_if_a_person_says_so(script: Script) -> None:
+    ended("failed", expires_at=past(), reason="expired")
+    operations.retry_now(everything(), [State.FAILED])
+    assert Worker().drain() == Totals(sent=1)
 
 
 def test_held_row_is_not_sent_until_released() -> None:

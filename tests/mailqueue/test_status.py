@@ -10,8 +10,9 @@ from django.db import connection
 
 from anymail_retry.mailqueue import operations
 from anymail_retry.mailqueue import status as queue_status
+from anymail_retry.mailqueue.claim import mailers_with_rows
 from anymail_retry.mailqueue.clock import DatabaseClock
-from anymail_retry.mailqueue.status import glance, mailer_names, remaining, status
+from anymail_retry.mailqueue.status import glance, remaining, status
 from anymail_retry.models import MailerState, QueuedMessage
 
 from .engine import OTHER, PLAIN, change, future, past, queue, statements
@@ -97,7 +98,7 @@ def test_nothing_due_is_no_age() -> None:
 
 
 def test_an_empty_queue_has_no_mailers() -> None:
-    assert glance() == status() == mailer_names("default") == []
+    assert glance() == status() == mailers_with_rows("default") == []
 
 
 def test_mailers_are_told_apart_and_chosen() -> None:
@@ -105,7 +106,7 @@ def test_mailers_are_told_apart_and_chosen() -> None:
     queue("c", mailer=OTHER)
     assert {mailer.mailer: mailer.counts["queued"] for mailer in status()} == {PLAIN: 2, OTHER: 1}
     assert [mailer.mailer for mailer in status([OTHER])] == [mailer.mailer for mailer in glance([OTHER])] == [OTHER]
-    assert mailer_names("default") == sorted([PLAIN, OTHER])
+    assert mailers_with_rows("default") == sorted([PLAIN, OTHER])
 
 
 # --- pauses ---
