@@ -429,10 +429,14 @@ def test_sends_beside_the_probe_are_refused(esp: LocalEsp, clock: FakeClock) -> 
     assert len(esp.ledger) == 2
 
 
-def test_is_on_with_the_queue(esp: LocalEsp, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_on_where_what_fails_is_queued(
+    esp: LocalEsp, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, settings: SettingsWrapper
+) -> None:
     monkeypatch.setattr(RetryMixin, "retry_clock", clock)
-    assert WithQueue(**esp.options())._breaker().limit == 5
-    assert WithQueue(**esp.options(), fallback_queue=False)._breaker() is None
+    settings.ANYMAIL = esp.settings()
+    assert WithQueue()._breaker().limit == 5
+    assert WithQueue(fallback_queue=False)._breaker() is None
+    assert WithQueue(**esp.options())._breaker() is None  # an account of its own
 
 
 @pytest.mark.parametrize(("value", "limit"), [(2, 2), (None, None)])
