@@ -35,6 +35,18 @@ FLOOR_AGE = 5.0
 ISOLATION_AGE = 60.0
 
 
+@dataclass(frozen=True)
+class DirectSend:
+    """The send of the caller's that failed, as its row has it. Its attempt is written with that of the first claim: a
+    row of its own would cost the caller a third INSERT."""
+
+    at: datetime
+    verdict: str
+    reason: str
+    http_status: int | None
+    answer: str
+
+
 @dataclass(eq=False)
 class Job:
     """One claimed row: what sending and settling it need to know."""
@@ -70,6 +82,8 @@ class Job:
     recovered_from: datetime | None = None
     #: Nothing is told of it.
     is_report: bool = False
+    #: What the send came to that left it in the queue, if the history has that still to be told.
+    direct: DirectSend | None = None
     attachments: list[tuple[int, str | None, bytes]] = field(default_factory=list)
     #: Not to be begun before this moment of the steady clock: its slot under a rate limit.
     starts_at: float = 0.0
@@ -396,6 +410,10 @@ class Claimer:
             "body_digest",
             "size",
             "attachment_count",
+            "verdict",
+            "reason",
+            "http_status",
+            "answer",
             "content__payload",
         )
         jobs: dict[int, Job] = {}
@@ -417,6 +435,10 @@ class Claimer:
             digest,
             size,
             count,
+            verdict,
+            reason,
+            status,
+            answer,
             payload,
         ) in loaded:
             was = won.candidates[id_]
@@ -450,6 +472,9 @@ class Claimer:
                 claimed_expired=is_expired(expires, self.clock.at(won.moment)),
                 recovered=recovered,
                 recovered_from=was.claimed_at if recovered else None,
+                direct=DirectSend(created, verdict, reason, status, answer)
+                if origin == Origin.FALLBACK and number - lost == 2
+                else None,
             )
         with_attachments = [job.id for job in jobs.values() if job.attachment_count]
         if with_attachments:

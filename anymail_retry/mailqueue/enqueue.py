@@ -20,7 +20,7 @@ from ..models import MessageContent, QueuedMessage
 from ..verdict import Outcome
 from . import bodies, mailers, schedule
 from .clock import MARGIN, clock_of
-from .database import chunks, queue_database, storable
+from .database import chunks, max_packet, queue_database, size_in_statement, storable
 from .encryption import SUBJECT, Cipher, cipher, stored_size
 from .inserts import insert, insert_by_columns
 from .schedule import Policy
@@ -273,8 +273,9 @@ def _insert(
     else:
         _insert_many(alias, rows)
         contents = [MessageContent(message=row, payload=one.payload) for row, one in zip(rows, packed, strict=True)]
-        sizes = [len(content.payload) for content in contents]
-        for chunk in chunks(contents, sizes, limit=INSERT_BYTES, count=INSERT_ROWS):
+        # A payload is JSON, whose quotation marks and backslashes MySQL's driver doubles.
+        sizes = [size_in_statement(content.payload) for content in contents]
+        for chunk in chunks(contents, sizes, limit=_statement_limit(alias), count=INSERT_ROWS):
             MessageContent.objects.using(alias).bulk_create(chunk)
     attachments = [(row.pk, one.bodies) for row, one in zip(rows, packed, strict=True) if one.bodies]
     if attachments:
@@ -284,7 +285,7 @@ def _insert(
 def _insert_many(alias: str, rows: Sequence[QueuedMessage]) -> None:
     manager = QueuedMessage.objects.using(alias)
     returning = connections[alias].features.can_return_rows_from_bulk_insert
-    for chunk in chunks(rows, [_width(row) for row in rows], limit=INSERT_BYTES, count=INSERT_ROWS):
+    for chunk in chunks(rows, [_width(row) for row in rows], limit=_statement_limit(alias), count=INSERT_ROWS):
         if connections[alias].vendor == "postgresql":
             insert_by_columns(alias, chunk)
             continue
@@ -303,6 +304,11 @@ def _insert_many(alias: str, rows: Sequence[QueuedMessage]) -> None:
         for pk, lease in manager.filter(pk__gte=first, lease__in=marks).values_list("pk", "lease"):
             assert lease is not None
             marks[lease].pk = pk
+
+
+def _statement_limit(alias: str) -> int:
+    """Bytes of one INSERT of many rows. One row alone may be longer: :func:`.bodies.check_size` has seen to that."""
+    return min(INSERT_BYTES, (max_packet(alias) or INSERT_BYTES) // 2)
 
 
 def _width(row: QueuedMessage) -> int:

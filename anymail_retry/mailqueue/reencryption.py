@@ -10,6 +10,8 @@ import enum
 from collections import Counter
 from collections.abc import Iterator
 
+from django.db import transaction
+
 from ..exceptions import MessageNotQueueable
 from ..log import get_logger
 from ..models import AttachmentBody, MessageAttachment, MessageContent, QueuedMessage
@@ -104,11 +106,12 @@ def _rewrite(alias: str, message: int, cipher: Cipher, clock: DatabaseClock) -> 
         if payload is None:
             return None
         attached = bodies.load(alias, [message]).get(message, [])
-        if len(attached) != row.values_list("attachment_count", flat=True).get():
-            return Storage.UNREADABLE
         try:
+            if len(attached) != row.values_list("attachment_count", flat=True).get():
+                raise CannotDecrypt
             payload, plain = decrypted(cipher, payload, [data for _, _, data in attached])
         except CannotDecrypt:
+            transaction.set_rollback(True, using=alias)  # it stays as it is
             return Storage.UNREADABLE
         payload = cipher.encrypt_text(payload)
         bodies.check_size(alias, "body", payload)

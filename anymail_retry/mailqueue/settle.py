@@ -252,6 +252,16 @@ class Settler:
 
     def _attempts(self, result: Result) -> Iterator[Attempt]:
         job, outcome = result.job, result.outcome
+        if job.direct is not None:
+            yield Attempt(
+                message_id=job.id,
+                number=1,
+                started_at=job.direct.at,
+                verdict=job.direct.verdict,
+                reason=job.direct.reason,
+                http_status=job.direct.http_status,
+                answer=job.direct.answer,
+            )
         if job.recovered and job.recovered_from is not None:
             yield Attempt(
                 message_id=job.id,

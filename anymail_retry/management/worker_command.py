@@ -18,8 +18,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import CommandError, OutputWrapper
 
 from ..mailqueue.status import COUNTED, Glance, Remaining, glance, remaining
-from ..mailqueue.watchdog import Watchdog
-from ..mailqueue.worker import Totals, Worker
+from ..mailqueue.watchdog import EX_TEMPFAIL, Watchdog
+from ..mailqueue.worker import Totals, Worker, WorkerStuck
 from .queue_command import QueueCommand, chosen_mailers, duration, pauses_for_scripts, usable_database
 
 
@@ -65,8 +65,11 @@ class WorkerCommand(QueueCommand):
     def work(self, worker: Worker, run: Callable[[], Totals], options: dict[str, Any]) -> None:
         """Run the worker, and say at the end what it did."""
         began = time.monotonic()
-        with self._logging(options), stopped_by_signals(worker), Watchdog(worker):
-            totals = run()
+        try:
+            with self._logging(options), stopped_by_signals(worker), Watchdog(worker):
+                totals = run()
+        except WorkerStuck as error:
+            raise CommandError(f"{error}: start it anew.", returncode=EX_TEMPFAIL) from error
         self.tell(worker, totals, time.monotonic() - began, options)
         if worker.was_interrupted or (options["exit_code"] and (totals.failed or totals.held)):
             sys.exit(1)

@@ -11,6 +11,7 @@ import pytest
 from django.contrib.auth.models import Group
 from django.core.mail import EmailMessage
 from django.db import DatabaseError, connection, connections, transaction
+from django.test.utils import CaptureQueriesContext
 
 from anymail_retry.delivery import Delivery
 from anymail_retry.exceptions import InvalidIdempotencyKey, MessageNotQueueable
@@ -424,7 +425,28 @@ def test_message_over_max_allowed_packet_is_refused_before_the_insert(monkeypatc
             message.attach("a.bin", b"\0" * size, "application/octet-stream")  # doubled by the driver's escaping
             with pytest.raises(MessageNotQueueable, match=f"{what}.*max_allowed_packet"):
                 enqueue([message], mailer=PLAIN, origin="queued")
+        message = mail()
+        message.body = '"' * limit
+        with pytest.raises(MessageNotQueueable, match=r"body.*max_allowed_packet"):
+            enqueue([message], mailer=PLAIN, origin="queued")
     assert Group.objects.count() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_statement_of_many_messages_is_longer_than_the_server_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the connection, and the caller's transaction with it. The driver doubles what it escapes."""
+    if connection.vendor != "mysql":
+        pytest.skip("MySQL alone has max_allowed_packet")
+    limit = 1024 * 1024  # the smallest default of a server still in use
+    monkeypatch.setattr(module, "max_packet", lambda alias: limit)
+    messages = [mail(str(number)) for number in range(100)]
+    for message in messages:
+        message.body = '<p class="x">\n' * 1000
+    with CaptureQueriesContext(connection) as queries:
+        enqueue(messages, mailer=PLAIN, origin="queued")
+    lengths = [len(query["sql"].encode()) for query in queries if "INSERT" in query["sql"]]
+    assert len(lengths) > 2
+    assert max(lengths) < limit
 
 
 @pytest.mark.django_db(transaction=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from django.core.management import CommandError, call_command
 from django.db import connection, connections
 from django.db.backends.signals import connection_created
 
+from anymail_retry.delivery import Delivery
 from anymail_retry.mailqueue import gate, schedule
 from anymail_retry.mailqueue.claim import Claimer, Wanted
 from anymail_retry.mailqueue.clock import DatabaseClock
+from anymail_retry.mailqueue.enqueue import enqueue
 from anymail_retry.mailqueue.schedule import Policy
 from anymail_retry.mailqueue.sending import Sender
 from anymail_retry.mailqueue.worker import Totals, Worker, WorkerStuck
@@ -26,11 +30,14 @@ from .engine import (
     PATIENCE,
     PERMANENT,
     PLAIN,
+    REFUSED,
     Script,
     change,
     end_leases,
     future,
     in_threads,
+    mail,
+    make_due,
     past,
     queue,
     states,
@@ -439,3 +446,33 @@ def test_the_death_of_a_worker_stands_in_the_history(script: Script) -> None:
         (2, ""),
     ]
     end_leases()
+
+
+# --- history ---
+
+
+def test_the_send_that_failed_before_the_queue_stands_in_the_history(script: Script) -> None:
+    """Once a worker has something to add: the caller's transaction is to have two INSERTs, not three."""
+    outcome = replace(REFUSED, answer="try later")
+    enqueue([mail()], mailer=PLAIN, origin="fallback", delivery=Delivery(), outcome=outcome)
+    make_due()
+    claim_and_die()
+    drain()
+    attempts = Attempt.objects.order_by("number")
+    assert list(attempts.values_list("number", "verdict", "http_status", "answer")) == [
+        (1, "refused", 503, "try later"),
+        (2, "ambiguous", None, ""),
+        (3, "delivered", 200, ""),
+    ]
+
+
+def test_a_worker_that_hangs_ends_its_command(script: Script, impatient: None) -> None:
+    """With the exit code by which a service manager knows that it should be started anew."""
+    stall = Stall(script)
+    queue("hangs 1", "hangs 2")
+    try:
+        with pytest.raises(CommandError, match="start it anew") as caught:
+            call_command("send_mail", threads=1)
+    finally:
+        stall.go.set()
+    assert caught.value.returncode == 75
