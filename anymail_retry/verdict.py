@@ -331,13 +331,26 @@ PHASE_REASON = {
 }
 
 #: What can only happen before the connection stands. Everything that our connection class meets before its connect()
-#: returns arrives as one of these; urllib3 raises its ProxyError only while a proxy has not been reached.
+#: returns arrives as one of these. Of urllib3's ProxyError see :func:`_is_a_drop`.
 CONNECT_ERRORS = (
     urllib3.exceptions.ConnectTimeoutError,
     urllib3.exceptions.NameResolutionError,
     urllib3.exceptions.ProxyError,
     socket.gaierror,
 )
+
+
+def _is_a_drop(error: BaseException) -> bool:
+    """Whether this is urllib3's ProxyError for a connection that was dropped, perhaps after the request.
+
+    http.client's ``getresponse()`` closes such a connection, and urllib3 (2.x) then takes it for one that never reached
+    its proxy. A proxy that cannot be reached is a ``NewConnectionError`` in there, one that opens no tunnel a bare
+    ``OSError``; one that hangs up while it is asked to cannot be told from a drop.
+    """
+    if not isinstance(error, urllib3.exceptions.ProxyError):
+        return False
+    reason = error.original_error
+    return isinstance(reason, ConnectionError) and not isinstance(reason, ConnectionRefusedError)
 
 
 def phase_of(error: BaseException) -> Phase | None:
@@ -347,7 +360,7 @@ def phase_of(error: BaseException) -> Phase | None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Phase.CERTIFICATE
     for cause in chain:
-        if isinstance(cause, CONNECT_ERRORS):
+        if isinstance(cause, CONNECT_ERRORS) and not _is_a_drop(cause):
             return Phase.CONNECT
     for cause in chain:
         if isinstance(cause, urllib3.exceptions.HTTPError | HTTPException | OSError) and not isinstance(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+from http.client import RemoteDisconnected
 from typing import Any, NamedTuple
 
 import pytest
@@ -219,6 +220,20 @@ PHASES = [
     pytest.param(UNRESOLVED, Phase.CONNECT, id="unknown name"),
     pytest.param(urllib3.exceptions.ConnectTimeoutError("timed out"), Phase.CONNECT, id="connect timeout"),
     pytest.param(urllib3.exceptions.ProxyError("no", OSError("403")), Phase.CONNECT, id="proxy not reached"),
+    pytest.param(urllib3.exceptions.ProxyError("no", REFUSED_CONNECTION), Phase.CONNECT, id="proxy refuses"),
+    pytest.param(
+        urllib3.exceptions.ProxyError("no", ConnectionRefusedError()), Phase.CONNECT, id="proxy refuses, bare"
+    ),
+    pytest.param(
+        urllib3.exceptions.ProxyError("no", RemoteDisconnected()),
+        Phase.SENT,
+        id="dropped behind a proxy, by plain urllib3",
+    ),
+    pytest.param(
+        urllib3.exceptions.ProxyError("no", ConnectionResetError()),
+        Phase.SENT,
+        id="reset behind a proxy, by plain urllib3",
+    ),
     pytest.param(socket.gaierror(-3, "try again"), Phase.CONNECT, id="name look-up, bare"),
     pytest.param(UNTRUSTED, Phase.CERTIFICATE, id="untrusted certificate"),
     pytest.param(urllib3.exceptions.ProxyError("no", UNTRUSTED), Phase.CERTIFICATE, id="the proxy's certificate"),

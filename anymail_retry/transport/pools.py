@@ -21,7 +21,14 @@ from typing import Any
 
 import urllib3
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, MaxRetryError, NewConnectionError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    EmptyPoolError,
+    MaxRetryError,
+    NewConnectionError,
+    ProtocolError,
+    SSLError,
+)
 
 from .timeout import ConnectSeconds, DeadlineTimeout
 
@@ -152,7 +159,11 @@ def _connection_class(base: type[HTTPConnection], max_idle: float) -> type[HTTPC
                     self.sock.settimeout(self.timeout)
 
         def getresponse(self) -> Any:
-            response = super().getresponse()
+            try:
+                response = super().getresponse()
+            except ConnectionError as error:
+                # http.client has closed the connection, and so urllib3 would say that it never reached its proxy.
+                raise ProtocolError("Connection aborted.", error) from error
             self._last_answer = monotonic()
             return response
 

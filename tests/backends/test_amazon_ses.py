@@ -24,6 +24,7 @@ from django.test import override_settings
 from anymail_retry.backends.amazon_ses import READ_TIMEOUT, EmailBackend
 from anymail_retry.delivery import Delivery, deliver
 from anymail_retry.verdict import Outcome, Phase, Verdict
+from tests.transport.servers import forward_proxy, serving
 
 DELIVERED, REFUSED, AMBIGUOUS = Verdict.DELIVERED, Verdict.REFUSED, Verdict.AMBIGUOUS
 BLOCKED, PERMANENT = Verdict.BLOCKED, Verdict.PERMANENT
@@ -214,6 +215,29 @@ def test_refused_connections_are_tried_again_and_surely_not_sent() -> None:
     outcome = send(url)
     assert (outcome.verdict, outcome.reason) == (REFUSED, "no connection")
     assert [(attempt.phase, attempt.verdict) for attempt in outcome.attempts] == [(Phase.CONNECT, REFUSED)] * 4
+
+
+@pytest.mark.parametrize("step", [DROP, STALL], ids=["dropped", "silent"])
+def test_a_lost_answer_behind_a_proxy_may_have_been_taken_and_ends_the_call(
+    ses: LocalSes, monkeypatch: pytest.MonkeyPatch, step: Step
+) -> None:
+    """urllib3 calls the drop a proxy error, and botocore on its own tries that again."""
+    ses.steps = [step]
+    monkeypatch.delenv("no_proxy", raising=False)
+    with serving(forward_proxy) as port:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        outcome = send(ses.url, client={"config": Config(read_timeout=0.3)})
+    assert (outcome.verdict, outcome.reason) == (AMBIGUOUS, "no answer")
+    assert len(ses.requests) == 1
+
+
+def test_a_proxy_that_is_not_there_has_surely_sent_nothing(ses: LocalSes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
+    outcome = send(ses.url)
+    assert (outcome.verdict, outcome.reason) == (REFUSED, "no connection")
+    assert [attempt.phase for attempt in outcome.attempts] == [Phase.CONNECT] * 4
+    assert ses.requests == []
 
 
 def test_a_read_timeout_may_have_been_taken_and_ends_the_call(ses: LocalSes) -> None:

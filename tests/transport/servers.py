@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,19 @@ class ConnectProxy:
             tunnel(client, server)
 
 
+def forward_proxy(client: socket.socket) -> None:
+    """A proxy for plain HTTP: takes the first request on a connection, and passes it on."""
+    head, rest = read_head(client)
+    method, url, line = head.split(b" ", 2)
+    host, _, path = url.removeprefix(b"http://").partition(b"/")
+    name, _, port = host.decode().rpartition(":")
+    with socket.create_connection((name, int(port))) as server:
+        server.sendall(b"%b /%b %b\r\n\r\n%b" % (method, path, line, rest))
+        tunnel(client, server)
+
+
 def tunnel(client: socket.socket, server: socket.socket) -> None:
-    """Pass on bytes until either side ends."""
+    """Pass on bytes until either side ends, and that it ended with a reset."""
     other = {client: server, server: client}
     with selectors.DefaultSelector() as selector:
         for sock in other:
@@ -109,7 +121,11 @@ def tunnel(client: socket.socket, server: socket.socket) -> None:
         while True:
             for key, _ in selector.select():
                 assert isinstance(key.fileobj, socket.socket)
-                data = key.fileobj.recv(65536)
+                try:
+                    data = key.fileobj.recv(65536)
+                except ConnectionResetError:
+                    other[key.fileobj].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
                 if not data:
                     return
                 other[key.fileobj].sendall(data)

@@ -19,8 +19,18 @@ import trustme
 from requests import exceptions
 
 from anymail_retry import close_connections
-from anymail_retry.delivery import Delivery
-from anymail_retry.testing import HalfBody, Latency, LocalEsp, ScriptedEsp, SpawnedEsp, Stall, Status
+from anymail_retry.delivery import Delivery, deliver
+from anymail_retry.testing import (
+    AcceptThenDrop,
+    Fault,
+    HalfBody,
+    Latency,
+    LocalEsp,
+    ScriptedEsp,
+    SpawnedEsp,
+    Stall,
+    Status,
+)
 from anymail_retry.testing.certificate import Authority, authority
 from anymail_retry.transport import pools
 from anymail_retry.verdict import Phase, Verdict
@@ -447,6 +457,30 @@ def test_no_proxy_where_one_should_be_is_a_proxy_error(esp: LocalEsp, https_prox
     outcome = backend(esp, total_retries=0).deliver(message(), Delivery())
     assert isinstance(outcome.error, exceptions.ProxyError)
     assert outcome.verdict is Verdict.REFUSED
+
+
+@pytest.mark.parametrize("fault", [AcceptThenDrop(), AcceptThenDrop(reset=True)], ids=["dropped", "reset"])
+def test_plain_anymails_lost_answer_behind_a_proxy_is_ambiguous_too(
+    esp: LocalEsp, https_proxy: Callable[[str], None], fault: Fault
+) -> None:
+    """urllib3 says that it cannot connect to the proxy, of a message that the ESP has."""
+    esp.script(fault)
+    with serving(ConnectProxy()) as port:
+        https_proxy(f"http://127.0.0.1:{port}")
+        outcome = deliver(Plain(**esp.options()), message(), Delivery())
+    assert isinstance(outcome.error, exceptions.ProxyError)
+    assert outcome.verdict is Verdict.AMBIGUOUS
+    assert len(esp.ledger) == 1
+
+
+@pytest.mark.parametrize("proxy", [ConnectProxy(403), ConnectProxy(502)], ids=["forbidden", "cannot reach the ESP"])
+def test_plain_anymail_has_surely_sent_nothing_where_a_proxy_opens_no_tunnel(
+    esp: LocalEsp, https_proxy: Callable[[str], None], proxy: Any
+) -> None:
+    with serving(proxy) as port:
+        https_proxy(f"http://127.0.0.1:{port}")
+        assert deliver(Plain(**esp.options()), message(), Delivery()).verdict is Verdict.REFUSED
+    assert deliver(Plain(**esp.options()), message(), Delivery()).verdict is Verdict.REFUSED, "nor where none listens"
 
 
 def socks_proxy(client: socket.socket) -> None:
