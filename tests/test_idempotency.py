@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
+from anymail.exceptions import AnymailAPIError
 from django.utils.module_loading import import_string
 
 from anymail_retry import close_connections, reset_breakers
@@ -229,6 +231,40 @@ def test_key_that_the_esp_would_not_take_is_an_error_before_the_request(
 @pytest.mark.parametrize("esp", WITH_KEYS)
 def test_grammar_is_a_regular_expression_that_takes_a_uuid(esp: str) -> None:
     assert re.fullmatch(BACKENDS[esp].idempotency.grammar, USERS_KEY)
+
+
+# --- A request without any ---
+
+
+def own_send(backend: Any) -> None:
+    """As in a subclass whose ``_send`` does it in its own way."""
+    sent = message()
+    backend.open()
+    try:
+        backend.post_to_esp(backend.build_message_payload(sent, backend.send_defaults), sent)
+    finally:
+        backend.close()
+
+
+def own_request(backend: Any) -> None:
+    """As by hand, over the session that Anymail documents."""
+    sent = message()
+    payload = backend.build_message_payload(sent, backend.send_defaults)
+    with backend.create_session() as session:
+        session.request(**payload.get_request_params(backend.api_url)).raise_for_status()
+
+
+@on_each
+@pytest.mark.parametrize("post", [own_send, own_request])
+@pytest.mark.parametrize("fault", [AcceptThenDrop(), Status(500, accepted=True)], ids=["dropped", "500"])
+def test_request_that_carries_no_key_is_not_sent_again_after_an_ambiguous_failure(
+    esp: LocalEsp, post: Callable[[Any], None], fault: Any
+) -> None:
+    esp.script(fault)
+    with pytest.raises((AnymailAPIError, requests.RequestException)):
+        post(backend(esp, total_retries=3, retry_backoff_factor=0, retry_backoff_jitter=0))
+    assert [request.idempotency_key for request in esp.requests] == [None]
+    assert len(esp.ledger) == 1
 
 
 # --- The same body ---

@@ -62,13 +62,14 @@ class RetryAdapter(HTTPAdapter):
         cert: Any = None,
         proxies: Any = None,
     ) -> requests.Response:
-        delivery = current_delivery()
+        delivery, facts = current_delivery(), self.facts
         if delivery is None or not delivery.is_posting:
-            # Somebody else's request over this session: what becomes of it says nothing of the message.
-            delivery = Delivery()
+            # Somebody else's request over this session: what becomes of it says nothing of the message, and it carries
+            # no key by which the ESP would recognise it.
+            delivery, facts = Delivery(), EspFacts
         delivery.answer = None
         policy = replace(self.policy, total=0) if delivery.is_probe else self.policy
-        call = Call(delivery, policy, self.facts, self.esp_name, self.clock, delivery.ends_at)
+        call = Call(delivery, policy, facts, self.esp_name, self.clock, delivery.ends_at)
         if isinstance(timeout, tuple) and len(timeout) == 2:
             timeout = DeadlineTimeout(*timeout, delivery.ends_at, self.clock)
         elif timeout is None or isinstance(timeout, int | float):
