@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anymail.backends.base import AnymailBaseBackend
@@ -40,6 +40,10 @@ logger = get_logger("transport")
 
 #: Where Anymail's back ends keep the options that are secret.
 SECRETS = ("api_key", "api_token", "password", "secret_key", "server_token")
+
+#: Seconds before the end of its window in which a key is no longer relied on: a request takes time to arrive (twice the
+#: default connect timeout), and clocks differ.
+KEY_MARGIN = 10.0
 
 #: The reason where a back end said that it sent nothing, and not why.
 NOTHING_SENT = "says it sent nothing"
@@ -88,6 +92,8 @@ class Delivery:
     attempts: list[Attempt] = field(default_factory=list)
     #: The answer to the present call's last attempt, if a status line arrived.
     answer: Answer | None = None
+    #: When the present call began to send, by the transport's clock; None: it has not.
+    began_at: float | None = None
     #: When the present call has to end, by the transport's clock; None: never.
     ends_at: float | None = None
     #: The request that carries the message is under way.
@@ -99,12 +105,16 @@ class Delivery:
 
     def key_is_live(self, window: float | None, now: datetime | None = None) -> bool:
         """Whether the ESP would still recognise the key: it takes keys, and nothing was taken under it longer ago
-        than ``window`` seconds."""
+        than ``window`` seconds, by the time a request begun now arrives."""
         if window is None:
             return False
+        return self.key_used_since is None or self.key_age(now) + KEY_MARGIN < window
+
+    def key_age(self, now: datetime | None = None) -> float:
+        """Seconds since when the ESP may know the key; 0 if it cannot."""
         if self.key_used_since is None:
-            return True
-        return (now or datetime.now(timezone.utc)) - self.key_used_since < timedelta(seconds=window)
+            return 0.0
+        return ((now or datetime.now(timezone.utc)) - self.key_used_since).total_seconds()
 
     def is_protected(self, window: float | None, now: datetime | None = None) -> bool:
         """Whether sending it once more cannot make it arrive twice: the key is live, and whatever may have been taken
@@ -144,8 +154,8 @@ class Delivery:
         spec = facts.idempotency
         if spec is not None and not self.key_is_live(spec.window):
             self.renew_key()
-        self.attempts, self.answer, self.ends_at, self.is_probe, self.is_posting = [], None, None, False, False
-        self.circuit = None
+        self.attempts, self.answer, self.began_at, self.ends_at = [], None, None, None
+        self.is_probe, self.is_posting, self.circuit = False, False, None
         token = _current.set(self)
         try:
             yield

@@ -77,7 +77,7 @@ def apply(spec: IdempotencyKey, payload: Any, message: Any, delivery: Delivery) 
     users = getattr(message, "idempotency_key", None)
     if users is None:
         users = spec.given(payload)
-    if users is not None and users != delivery.key:  # ours may stand there since an earlier request
+    if users is not None and str(users) != delivery.key:  # ours may stand there since an earlier request
         delivery.key, delivery.key_from_user = str(users), True  # a UUID or a number is as good
         delivery.key_used_since = delivery.body_digest = None  # what was taken was not taken under this one
     spec.check(delivery.key)

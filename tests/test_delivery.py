@@ -20,7 +20,7 @@ from anymail_retry.backends.brevo import EmailBackend as Brevo
 from anymail_retry.backends.mandrill import EmailBackend as Mandrill
 from anymail_retry.backends.resend import EmailBackend as Resend
 from anymail_retry.backends.unisender_go import EmailBackend as UnisenderGo
-from anymail_retry.delivery import Delivery, conclude, current_delivery, deliver
+from anymail_retry.delivery import KEY_MARGIN, Delivery, conclude, current_delivery, deliver
 from anymail_retry.idempotency import IdempotencyKey
 from anymail_retry.models import QueuedMessage
 from anymail_retry.signals import message_failed
@@ -72,9 +72,9 @@ def resend(local_esp: Callable[..., LocalEsp]) -> LocalEsp:
 def test_key_lives_for_its_window_from_the_first_ambiguous_attempt(window: float, age: float) -> None:
     since = NOW - timedelta(seconds=age)
     delivery = Delivery(key_used_since=since)
-    assert delivery.key_is_live(window, NOW) is ((NOW - since) < timedelta(seconds=window))
+    assert delivery.key_is_live(window, NOW) is ((NOW - since).total_seconds() + KEY_MARGIN < window)
     assert not delivery.key_is_live(window, since + timedelta(seconds=window))
-    assert delivery.key_is_live(window, since)
+    assert delivery.key_is_live(window + KEY_MARGIN, since)
 
 
 @given(st.none() | st.datetimes(timezones=st.just(timezone.utc)))
@@ -103,6 +103,8 @@ def ago(seconds: float | None) -> datetime | None:
         pytest.param(None, None, True, True, id="new"),
         pytest.param(60, 60, True, True, id="taken under this key"),
         pytest.param(WINDOW, WINDOW, False, False, id="which is forgotten"),
+        pytest.param(WINDOW - 10, WINDOW - 10, False, False, id="which is forgotten before the next request arrives"),
+        pytest.param(WINDOW - 11, WINDOW - 11, True, True, id="which is not yet forgotten"),
         pytest.param(WINDOW * 2, None, True, False, id="taken under the key before it"),
         pytest.param(WINDOW * 2, 60, True, False, id="and again under this one"),
         pytest.param(WINDOW * 3, WINDOW, False, False, id="which is forgotten, too"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,16 @@ import requests
 from anymail.exceptions import AnymailAPIError
 from django.utils.module_loading import import_string
 
-from anymail_retry import close_connections, reset_breakers
+from anymail_retry import RetryMixin, close_connections, reset_breakers
 from anymail_retry.delivery import Delivery, deliver, new_key
 from anymail_retry.exceptions import BodyChanged, InvalidIdempotencyKey
 from anymail_retry.idempotency import IdempotencyKey
 from anymail_retry.models import QueuedMessage
-from anymail_retry.testing import ESPS, AcceptThenDrop, LocalEsp, Status
+from anymail_retry.testing import ESPS, AcceptThenDrop, LocalEsp, Redirect, Rule, Stall, Status
 from anymail_retry.testing.pytest import local_esp
 from anymail_retry.verdict import Verdict
 from tests.sites import message
+from tests.transport.clock import FakeClock, Takes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -231,6 +233,114 @@ def test_key_that_the_esp_would_not_take_is_an_error_before_the_request(
 @pytest.mark.parametrize("esp", WITH_KEYS)
 def test_grammar_is_a_regular_expression_that_takes_a_uuid(esp: str) -> None:
     assert re.fullmatch(BACKENDS[esp].idempotency.grammar, USERS_KEY)
+
+
+@pytest.mark.parametrize("esp", ["unisender_go"], indirect=True)
+def test_users_key_of_another_type_is_still_the_same_at_the_next_attempt(esp: LocalEsp) -> None:
+    """As given in Anymail's own way, where it stands in the payload as a number each time."""
+    delivery = Delivery()
+    sent = message()
+    sent.esp_extra = {"idempotence_key": 17}
+    esp.script(AcceptThenDrop())
+    assert deliver(backend(esp), sent, delivery).verdict is Verdict.AMBIGUOUS
+    since = delivery.key_used_since
+    assert since is not None
+    esp.script(AcceptThenDrop())
+    assert deliver(backend(esp), sent, delivery).verdict is Verdict.AMBIGUOUS
+    assert (delivery.key, delivery.key_used_since) == ("17", since)
+
+
+@on_comparing
+def test_new_key_of_the_users_has_no_past(esp: LocalEsp) -> None:
+    """What was taken, was taken under another: neither its age nor its body are this one's."""
+    delivery = Delivery()
+    esp.script(AcceptThenDrop())
+    deliver(backend(esp), message("first"), delivery)
+    sent = message("second")
+    sent.idempotency_key = USERS_KEY
+    esp.script(Status(429))
+    deliver(backend(esp), sent, delivery)
+    assert (delivery.key, delivery.key_used_since) == (USERS_KEY, None)
+    assert delivery.body_digest == hashlib.sha256(esp.requests[-1].body).hexdigest()
+    assert not delivery.is_protected(3600)
+
+
+# --- Only while the ESP remembers it ---
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The clock of the transport."""
+    clock = FakeClock()
+    monkeypatch.setattr(RetryMixin, "retry_clock", clock)
+    return clock
+
+
+def patient(esp: LocalEsp) -> Any:
+    """A back end that would try for an hour."""
+    return backend(esp, total_retries=9, retry_deadline=3600, retry_backoff_factor=0, retry_backoff_jitter=0)
+
+
+def old(seconds: float) -> Delivery:
+    """A delivery that may have been taken so long ago."""
+    since = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+    return Delivery(maybe_taken_since=since, key_used_since=since)
+
+
+@pytest.mark.parametrize("esp", ["unisender_go"], indirect=True)
+@pytest.mark.parametrize(
+    ("age", "lasts", "requests"),
+    [
+        pytest.param(None, 20, 3, id="a new key: at 0, 20 and 40 of 60 seconds"),
+        pytest.param(None, 49, 2, id="a request that is begun at 49 arrives in time"),
+        pytest.param(None, 50, 1, id="one that is begun at 50 may not"),
+        pytest.param(20, 20, 2, id="a key of an earlier call: at 20 and 40"),
+        pytest.param(45, 8, 1, id="a key of an earlier call: at 45, and not at 53"),
+    ],
+)
+def test_key_is_relied_on_only_until_shortly_before_the_esp_forgets_it(
+    esp: LocalEsp, clock: FakeClock, age: float | None, lasts: float, requests: int
+) -> None:
+    """Counted from its first use, which may have been in an earlier call."""
+    esp.script(Rule(Takes(lasts, clock, AcceptThenDrop())))
+    delivery = Delivery() if age is None else old(age)
+    key = delivery.key
+    assert deliver(patient(esp), message(), delivery).verdict is Verdict.AMBIGUOUS
+    assert [request.idempotency_key for request in esp.requests] == [key] * requests
+    assert len(esp.ledger) == 1
+
+
+@pytest.mark.parametrize("esp", ["unisender_go"], indirect=True)
+def test_refusal_under_a_key_of_an_earlier_call_is_not_tried_again_after_its_window(
+    esp: LocalEsp, clock: FakeClock
+) -> None:
+    """Whatever this call met: the ESP may have the message since before, and would not recognise it."""
+    esp.script(Rule(Takes(8, clock, Status(429))))
+    delivery = old(45)
+    assert deliver(patient(esp), message(), delivery).verdict is Verdict.AMBIGUOUS
+    assert len(esp.requests) == 1
+
+
+@pytest.mark.parametrize("esp", ["unisender_go"], indirect=True)
+def test_redirect_makes_no_key_younger(esp: LocalEsp, clock: FakeClock) -> None:
+    esp.script(Takes(20, clock, AcceptThenDrop()), Takes(20, clock, Redirect(307)), Rule(Takes(15, clock, Stall())))
+    deliver(
+        backend(esp, total_retries=9, retry_deadline=3600, retry_backoff_factor=0, requests_timeout=(10, 0.3)),
+        message(),
+        Delivery(),
+    )
+    assert len(esp.requests) == 3, "at 0, 20 and 40 seconds, and not at 55"
+    assert len(esp.ledger) == 1
+
+
+@pytest.mark.parametrize("esp", ["unisender_go"], indirect=True)
+def test_call_that_begins_shortly_before_the_esp_forgets_the_key_takes_a_new_one(esp: LocalEsp) -> None:
+    delivery = old(55)
+    key = delivery.key
+    assert not delivery.is_protected(60)
+    deliver(backend(esp), message(), delivery)
+    assert [request.idempotency_key for request in esp.requests] == [delivery.key]
+    assert delivery.key != key
 
 
 # --- A request without any ---

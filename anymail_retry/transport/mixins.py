@@ -142,7 +142,8 @@ class RetryMixin(DeliveryMixin, _RequestsBase):
             delivery.is_probe = circuit.admit()
             delivery.circuit = circuit
         deadline = self.retry_policy.connect_timeout if delivery.is_probe else self._deadline()
-        delivery.ends_at = None if deadline is None else self.retry_clock.monotonic() + deadline
+        delivery.began_at = self.retry_clock.monotonic()
+        delivery.ends_at = None if deadline is None else delivery.began_at + deadline
         try:
             return self._post(payload, message, delivery)
         finally:

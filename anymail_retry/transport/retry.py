@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError, ResponseError
 from urllib3.response import BaseHTTPResponse, HTTPResponse
 
 from ..conf import Unset
-from ..delivery import Delivery
+from ..delivery import KEY_MARGIN, Delivery
 from ..log import get_logger
 from ..verdict import PHASE_VERDICT, Answer, Attempt, EspFacts, Phase, Verdict, judge_answer, phase_of
 from .clock import Clock
@@ -73,7 +73,12 @@ class Call:
     last_body: bytes | None = None
 
     def __post_init__(self) -> None:
-        self.began_at = self.clock.monotonic()
+        spec, delivery, now = self.facts.idempotency, self.delivery, self.clock.monotonic()
+        self.key_is_live = spec is not None and delivery.key_is_live(spec.window)
+        # A redirect makes a call of its own, and the key is as old as the first.
+        began_at = now if delivery.began_at is None else delivery.began_at
+        #: Since when the ESP may know the key, by the clock's ``monotonic()``.
+        self.key_since = min(began_at, now - delivery.key_age())
 
     def end(self) -> None:
         """Let go of the response, which by its ``Retry`` knows this call: a circle would keep both until the garbage
@@ -84,12 +89,14 @@ class Call:
         return None if self.ends_at is None else max(self.ends_at - self.clock.monotonic(), 0.0)
 
     def outlives_its_key(self, wait: float) -> bool:
-        """Whether, after a wait, the ESP may no longer recognise a message that it may have taken in this call."""
+        """Whether, after a wait, the ESP may no longer recognise a message that it may have taken."""
         spec = self.facts.idempotency
-        if spec is None or self.policy.waits_for_reads:
+        if spec is None or not self.key_is_live or self.policy.waits_for_reads:
             return False
-        ambiguous = any(attempt.verdict is Verdict.AMBIGUOUS for attempt in self.delivery.attempts)
-        return ambiguous and self.clock.monotonic() + wait - self.began_at >= spec.window
+        maybe_taken = self.delivery.key_used_since is not None or any(
+            attempt.verdict is Verdict.AMBIGUOUS for attempt in self.delivery.attempts
+        )
+        return maybe_taken and self.clock.monotonic() + wait + KEY_MARGIN - self.key_since >= spec.window
 
     @property
     def statuses_are_the_users(self) -> bool:
@@ -241,18 +248,16 @@ class Retry(urllib3.Retry):
 
 def retry_for(call: Call) -> Retry:
     """The ``Retry`` of one request."""
-    spec = call.facts.idempotency
-    key_is_live = spec is not None and call.delivery.key_is_live(spec.window)
     policy = call.policy
     retry = Retry(
         total=policy.total,
         connect=policy.connect,
-        read=policy.reads(key_is_live=key_is_live),
+        read=policy.reads(key_is_live=call.key_is_live),
         status=policy.status,
         other=policy.other,
         redirect=0,  # redirects are followed above, by requests
         allowed_methods=None,  # any: the default leaves out POST, which is the only one here
-        status_forcelist=policy.statuses(call.facts, key_is_live=key_is_live),
+        status_forcelist=policy.statuses(call.facts, key_is_live=call.key_is_live),
         backoff_factor=policy.backoff_factor,
         backoff_max=policy.backoff_max,
         backoff_jitter=policy.backoff_jitter,
