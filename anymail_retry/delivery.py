@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import smtplib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ from .verdict import (
     Outcome,
     Phase,
     Verdict,
+    excerpt,
     is_of_the_network,
     judge_delivery,
     phase_of,
@@ -169,6 +170,7 @@ class Delivery:
         error: Exception | None,
         statuses: list[str | None] | None,
         began: datetime,
+        secrets: Collection[str] = (),
     ) -> Outcome:
         """The outcome of the call that just ended. Leaves in this record what the next attempt has to know."""
         spec = facts.idempotency
@@ -183,6 +185,7 @@ class Delivery:
             maybe_taken=ambiguous_now or self.key_used_since is not None,
             key_is_live=self.key_is_live(spec.window if spec else None),
             key_from_user=self.key_from_user,
+            secrets=secrets,
         )
         if outcome.verdict is Verdict.AMBIGUOUS:
             self.remember(began)
@@ -283,18 +286,13 @@ def deliver_by_anymail(
         if delivery.answer is None and (error is None or recipients is not None):
             delivery.answer = Answer(200)  # whatever it was that answered, Anymail understood it
     statuses = None if recipients is None else [recipient.status for recipient in recipients.values()]
-    outcome = delivery.judge(facts, error=error, statuses=statuses, began=began)
-    answer = _without_secrets(backend, outcome.answer)
-    return outcome if answer == outcome.answer else replace(outcome, answer=answer)
+    return delivery.judge(facts, error=error, statuses=statuses, began=began, secrets=secrets_of(backend))
 
 
-def _without_secrets(backend: Any, text: str) -> str:
-    """An ESP may quote the key that it refuses; rows and logs must not."""
-    for name in SECRETS:
-        secret = vars(backend).get(name)
-        if isinstance(secret, str) and secret:
-            text = text.replace(secret, "***")
-    return text
+def secrets_of(backend: Any) -> list[str]:
+    """What rows and logs must not quote of a back end."""
+    values = [vars(backend).get(name) for name in SECRETS]
+    return [value for value in values if isinstance(value, str) and value]
 
 
 def _deliver_by_plain_anymail(backend: AnymailBaseBackend, message: EmailMessage, delivery: Delivery) -> Outcome:
@@ -337,7 +335,7 @@ def _deliver_foreign(backend: BaseEmailBackend, message: EmailMessage, delivery:
     delivery.answer = Answer.of(getattr(error, "response", None))  # of an HTTP API, by requests or boto3
     attempt = _foreign_attempt(error, opened=opened) if delivery.answer is None else None
     if attempt is None:
-        return delivery.judge(EspFacts, error=error, statuses=None, began=began)
+        return delivery.judge(EspFacts, error=error, statuses=None, began=began, secrets=secrets_of(backend))
     delivery.attempts.append(attempt)
     if attempt.verdict is Verdict.AMBIGUOUS:
         delivery.remember(began)
@@ -345,7 +343,7 @@ def _deliver_foreign(backend: BaseEmailBackend, message: EmailMessage, delivery:
         attempt.verdict,
         reason=attempt.error,
         error=error,
-        answer=_smtp_words(error),
+        answer=excerpt(_smtp_words(error), secrets_of(backend)),
         attempts=(attempt,),
     )
     return with_the_past(outcome, taken_before, key_is_live=False)
@@ -386,8 +384,7 @@ def _foreign_attempt(error: Exception, *, opened: bool) -> Attempt | None:
 
 def _smtp_words(error: Exception) -> str:
     reply = getattr(error, "smtp_error", None)
-    text = reply.decode("ascii", "replace") if isinstance(reply, bytes) else str(error)
-    return text[:500]
+    return reply.decode("ascii", "replace") if isinstance(reply, bytes) else str(error)
 
 
 def _close(backend: BaseEmailBackend) -> None:

@@ -23,7 +23,7 @@ import enum
 import json
 import socket
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPException
@@ -149,7 +149,7 @@ class Answer:
     def text(self) -> str:
         try:
             return self.body.decode(self.encoding, "replace")
-        except LookupError:  # a charset that Python does not know
+        except (LookupError, UnicodeError):  # a charset that Python does not know, or one that ignores "replace"
             return self.body.decode("utf-8", "replace")
 
     @cached_property
@@ -160,8 +160,8 @@ class Answer:
             return None
 
     @property
-    def excerpt(self) -> str:
-        return (self.text or self.phrase)[:ANSWER_LENGTH]
+    def words(self) -> str:
+        return self.text or self.phrase
 
     def find(self, path: str) -> list[Any]:
         """The values at a dotted path into the JSON body (``errors.0.code``, ``*.ErrorCode``).
@@ -440,6 +440,7 @@ def judge_delivery(
     maybe_taken: bool = False,
     key_is_live: bool = False,
     key_from_user: bool = False,
+    secrets: Collection[str] = (),
 ) -> Outcome:
     """What a delivery came to, from everything that happened to it under its present idempotency key.
 
@@ -450,6 +451,7 @@ def judge_delivery(
     :param maybe_taken: an attempt of an earlier call, or one of these, was AMBIGUOUS.
     :param key_is_live: all those attempts were made inside the ESP's window for the key.
     :param key_from_user: the key is the user's own.
+    :param secrets: what must not stand in the outcome.
     """
     retry_after = attempts[-1].retry_after if attempts else None
 
@@ -460,7 +462,7 @@ def judge_delivery(
             hold=hold,
             error=error,
             http_status=answer.status if answer else None,
-            answer=answer.excerpt if answer else _words(error),
+            answer=excerpt(answer.words if answer else _words(error), secrets),
             retry_after=retry_after,
             attempts=attempts,
             anticipated=anticipated,
@@ -537,12 +539,18 @@ def with_the_past(outcome: Outcome, maybe_taken: bool, key_is_live: bool) -> Out
     return Outcome(**fields)
 
 
+def excerpt(text: str, secrets: Collection[str] = ()) -> str:
+    """The beginning of a text, for a row or a log: an ESP may quote the key that it refuses."""
+    for secret in secrets:  # before it is cut, or a part of one remains
+        text = text.replace(secret, "***")
+    return text[:ANSWER_LENGTH]
+
+
 def _words(error: Exception | None) -> str:
     """What an error says, for a row or a log: never the text of Anymail's API errors, which may quote the request."""
     if error is None:
         return ""
     if isinstance(error, (*PERMANENT_ERRORS, BodyChanged, CircuitOpen)):
-        return " ".join(map(str, error.args))[:ANSWER_LENGTH]
+        return " ".join(map(str, error.args))
     inner = [cause for cause in causes(error) if not isinstance(cause, AnymailError)]
-    text = str(inner[-1]) if inner else type(error).__name__
-    return text[:ANSWER_LENGTH]
+    return str(inner[-1]) if inner else type(error).__name__

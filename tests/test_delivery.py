@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import smtplib
 import threading
 from datetime import datetime, timedelta, timezone
@@ -12,6 +13,7 @@ import pytest
 from anymail.exceptions import AnymailAPIError
 from anymail.signals import post_send, pre_send
 from django.core.mail.backends.base import BaseEmailBackend
+from django.utils.module_loading import import_string
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -449,6 +451,64 @@ def test_message_that_a_receiver_cancels_is_nothing(resend: LocalEsp) -> None:
     assert (outcome.verdict, outcome.reason) == (None, "cancelled")
     assert conclude(None, message(), outcome) is False
     assert resend.requests == []
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("esp", "option"),
+    [
+        pytest.param("resend", "api_key", id="the API key"),
+        pytest.param("mailjet", "secret_key", id="Mailjet's second"),
+        pytest.param("postmark", "server_token", id="Postmark's name for it"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 490], ids=["short", "cut in the middle of it"])
+def test_key_that_the_esp_quotes_stands_in_no_row_and_no_log(
+    local_esp: Callable[..., LocalEsp],
+    settings: SettingsWrapper,
+    caplog: pytest.LogCaptureFixture,
+    esp: str,
+    option: str,
+    before: int,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "Sesam-0123456789"
+    server = local_esp(esp)
+    server.script(Status(401, "x" * before + secret + " is wrong"))
+    settings.ANYMAIL = {**server.settings(), f"{esp.upper()}_{option.upper()}": secret}
+    settings.EMAIL_FALLBACK_QUEUE = True
+    sent = message()
+    assert import_string(f"anymail_retry.backends.{esp}.EmailBackend")().send_messages([sent]) == 1
+    assert sent.queued_message.answer == ("x" * before + "*** is wrong")[:500]
+    logged = [record.getMessage() for record in caplog.records if record.name != "anymail_retry.testing"]
+    assert any("the account is blocked" in line for line in logged)
+    assert not [line for line in logged if secret[:6] in line]
+
+
+def test_password_that_an_smtp_server_quotes_stands_in_no_outcome() -> None:
+    class Smtp(BaseEmailBackend):
+        def __init__(self) -> None:
+            super().__init__()
+            self.password = "Sesam-0123456789"
+
+        def send_messages(self, email_messages: Any) -> int:
+            raise smtplib.SMTPAuthenticationError(535, b"x" * 490 + b"Sesam-0123456789")
+
+    assert deliver(Smtp(), message(), Delivery()).answer == "x" * 490 + "***"
+
+
+@pytest.mark.parametrize("charset", ["undefined", "idna", "no-such"])
+@pytest.mark.parametrize(
+    ("status", "verdict", "hold"),
+    [pytest.param(200, "ambiguous", True, id="200"), pytest.param(429, "refused", False, id="429")],
+)
+def test_answer_in_a_strange_charset_is_judged_all_the_same(
+    resend: LocalEsp, charset: str, status: int, verdict: str, hold: bool
+) -> None:
+    resend.script(Status(status, "caf\xe9", headers={"Content-Type": f"text/html; charset={charset}"}))
+    outcome = deliver(Resend(**resend.options()), message(), Delivery())
+    assert (outcome.verdict, outcome.http_status, outcome.hold) == (verdict, status, hold)
+    assert outcome.answer == "caf\xe9"
 
 
 NOBODY = {

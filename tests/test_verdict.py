@@ -141,7 +141,7 @@ def test_an_answer_is_read_from_requests_response() -> None:
     read = Answer.of(response_of(422, b'{"code": 1}'))
     assert read == Answer(422, b'{"code": 1}', "utf-8", "Reason")
     assert read is not None
-    assert read.excerpt == '{"code": 1}'
+    assert read.words == '{"code": 1}'
 
 
 def test_a_broken_body_leaves_the_status() -> None:
@@ -172,16 +172,16 @@ def test_an_answer_is_read_from_what_boto3_parsed_without_its_headers() -> None:
     assert "secret" not in read.text
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "no such charset"])
-def test_an_answer_in_any_charset_has_a_bounded_text(encoding: str) -> None:
-    read = Answer(500, b"\xe9" * 2000, encoding)
-    assert len(read.excerpt) == ANSWER_LENGTH
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "no such charset", "undefined", "idna", "hex"])
+@pytest.mark.parametrize("body", [b"\xe9" * 2000, b"." * 2000], ids=["no text", "text"])
+def test_an_answer_in_any_charset_has_a_bounded_text(encoding: str, body: bytes) -> None:
+    assert len(Answer(500, body, encoding).words) == 2000
+    outcome = judge_delivery(EspFacts, error=api_error(500), answer=Answer(500, body, encoding), statuses=None)
+    assert len(outcome.answer) == ANSWER_LENGTH
 
 
 def test_the_status_line_speaks_where_there_is_no_body() -> None:
-    assert (
-        Answer(500, b"", phrase="Cannot convert data from Null value").excerpt == "Cannot convert data from Null value"
-    )
+    assert Answer(500, b"", phrase="Cannot convert data from Null value").words == "Cannot convert data from Null value"
 
 
 # --- How far an attempt came ---
@@ -851,6 +851,17 @@ def test_an_error_is_told_without_the_text_that_may_quote_the_request(error: Exc
 def test_the_esps_own_words_are_bounded() -> None:
     outcome = judge(Delivery(PERMANENT, status=400, body="x" * 10_000, error=api_error(400)))
     assert outcome.answer == "x" * ANSWER_LENGTH
+
+
+@pytest.mark.parametrize("before", range(ANSWER_LENGTH - 12, ANSWER_LENGTH + 1))
+def test_a_secret_is_masked_wherever_the_words_are_cut(before: int) -> None:
+    error = caused(ValueError("x" * before + "Key-0123456 is wrong"))
+    case = {"statuses": None, "secrets": ["Key-0123456"]}
+    for outcome in (
+        judge_delivery(EspFacts, error=error, answer=answer(401, str(error.__cause__)), **case),
+        judge_delivery(EspFacts, error=error, answer=None, **case),
+    ):
+        assert outcome.answer == ("x" * before + "*** is wrong")[:ANSWER_LENGTH]
 
 
 # --- For whatever may happen ---
