@@ -25,7 +25,7 @@ from .verdict import (
     Phase,
     Verdict,
     excerpt,
-    is_of_the_network,
+    is_of_the_system,
     judge_delivery,
     phase_of,
     with_the_past,
@@ -350,13 +350,13 @@ def _deliver_foreign(backend: BaseEmailBackend, message: EmailMessage, delivery:
 
 
 def _foreign_attempt(error: Exception, *, opened: bool) -> Attempt | None:
-    """The attempt that ended in this error of smtplib's or the network's; None if it is neither's.
+    """The attempt that ended in this error of smtplib's, the network's or this machine's; None if it is of neither.
 
     A drop at MAIL and a drop after DATA raise the same ``SMTPServerDisconnected``, so whatever ended the send
     without a reply code may have been taken.
     """
     name = type(error).__name__
-    if not isinstance(error, OSError) and not is_of_the_network(error):
+    if not is_of_the_system(error):
         return None
     codes: list[int]
     if isinstance(error, smtplib.SMTPRecipientsRefused):

@@ -387,8 +387,15 @@ NETWORK_ERRORS = (
 )
 
 
-def is_of_the_network(error: BaseException) -> bool:
-    """Whether an error of a library that is not known here tells of the network's trouble, and not of a mistake."""
+#: OSErrors that tell of a mistake on this machine: a certificate file that is not there, a URL that is none.
+MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, *REQUEST_ERRORS)
+
+
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether an error of a library that is not known here tells of the network's trouble, or of this machine's, and
+    not of a mistake."""
+    if isinstance(error, OSError):
+        return not isinstance(error, MISTAKES)
     chain = list(causes(error))
     return any(isinstance(cause, NETWORK_ERRORS) for cause in chain) and not any(
         isinstance(cause, ImproperlyConfigured) for cause in chain

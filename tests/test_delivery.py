@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import smtplib
 import threading
@@ -10,9 +11,11 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 from anymail.exceptions import AnymailAPIError
 from anymail.signals import post_send, pre_send
 from django.core.mail.backends.base import BaseEmailBackend
+from django.core.mail.backends.smtp import EmailBackend as DjangosSmtp
 from django.utils.module_loading import import_string
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,12 +27,14 @@ from anymail_retry.backends.resend import EmailBackend as Resend
 from anymail_retry.backends.unisender_go import EmailBackend as UnisenderGo
 from anymail_retry.delivery import KEY_MARGIN, Delivery, conclude, current_delivery, deliver
 from anymail_retry.idempotency import IdempotencyKey
+from anymail_retry.mailqueue.fallback import Fallback
 from anymail_retry.models import QueuedMessage
 from anymail_retry.signals import message_failed
 from anymail_retry.testing import AcceptThenDrop, LocalEsp, Rule, Status
 from anymail_retry.testing.pytest import local_esp
 from anymail_retry.verdict import Attempt, EspFacts, Phase, Verdict
 from tests.sites import message
+from tests.smtp import SmtpServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -306,6 +311,81 @@ def test_no_answer_of_smtp_settles_the_past(error: Exception | None, verdict: st
 )
 def test_duplicate_answer_needs_something_before_it(delivery: Delivery, before: bool) -> None:
     assert delivery.was_taken_before is before
+
+
+# --- Back ends that know nothing of us ---
+
+
+class Foreign(BaseEmailBackend):
+    """Fails in one way, when it connects or when it sends."""
+
+    def __init__(self, error: Exception, *, when: str = "send") -> None:
+        super().__init__()
+        self.error = error
+        self.when = when
+
+    def open(self) -> bool:
+        if self.when == "open":
+            raise self.error
+        return True
+
+    def send_messages(self, email_messages: Any) -> int:
+        raise self.error
+
+
+MISTAKES = [
+    pytest.param(FileNotFoundError(errno.ENOENT, "cert.pem"), id="a file that is missing"),
+    pytest.param(PermissionError(errno.EACCES, "key.pem"), id="a file that is not to be read"),
+    pytest.param(IsADirectoryError(errno.EISDIR, "certs"), id="a folder where a file should be"),
+    pytest.param(NotADirectoryError(errno.ENOTDIR, "mail"), id="a file where a folder should be"),
+    pytest.param(requests.exceptions.MissingSchema("esp.example"), id="a URL without a scheme"),
+    pytest.param(requests.exceptions.InvalidSchema("htps://"), id="a URL with a wrong one"),
+    pytest.param(requests.exceptions.InvalidURL("https:///"), id="no URL"),
+    pytest.param(requests.exceptions.InvalidHeader("X-Key: 1"), id="no header"),
+    pytest.param(requests.exceptions.InvalidProxyURL("http:/proxy"), id="no URL of a proxy"),
+]
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("when", ["open", "send"])
+@pytest.mark.parametrize("error", MISTAKES)
+def test_mistake_of_a_foreign_back_end_is_raised_and_never_queued(error: Exception, when: str) -> None:
+    """They are OSErrors all, as the network's trouble is."""
+    outcome = deliver(Foreign(error, when=when), message(), Delivery())
+    assert (outcome.anticipated, outcome.may_be_queued) == (False, False)
+    with pytest.raises(type(error)):
+        Fallback("foreign").send(Foreign(error, when=when), message())
+    assert not QueuedMessage.objects.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Directly creating EmailBackend instances")  # Django 6.1: as a user's settings do
+@pytest.mark.parametrize("tls", [{"use_ssl": True}, {"use_tls": True}], ids=["TLS", "STARTTLS"])
+def test_certificate_file_that_is_missing_is_a_mistake_of_smtps_settings(tls: dict[str, bool]) -> None:
+    with SmtpServer() as server:
+        backend = DjangosSmtp(host="127.0.0.1", port=server.port, ssl_certfile="/no/such/cert.pem", **tls)
+        outcome = deliver(backend, message(), Delivery())
+    assert isinstance(outcome.error, FileNotFoundError)
+    assert not outcome.anticipated
+
+
+@pytest.mark.parametrize(
+    ("error", "when", "verdict"),
+    [
+        pytest.param(OSError(errno.ENOSPC, "full"), "send", "ambiguous", id="a full disk, in the middle of a file"),
+        pytest.param(OSError(errno.ENETUNREACH, "no way"), "open", "refused", id="no network"),
+        pytest.param(ConnectionResetError(), "send", "ambiguous", id="reset"),
+        pytest.param(requests.ReadTimeout(), "send", "ambiguous", id="a library's read timeout"),
+        pytest.param(
+            smtplib.SMTPNotSupportedError("SMTPUTF8 not supported"), "send", "permanent", id="a feature it lacks"
+        ),
+        pytest.param(
+            smtplib.SMTPNotSupportedError("no AUTH"), "open", "refused", id="a feature it lacks for now, at log-in"
+        ),
+    ],
+)
+def test_trouble_of_a_foreign_back_end_comes_to(error: Exception, when: str, verdict: str) -> None:
+    outcome = deliver(Foreign(error, when=when), message(), Delivery())
+    assert (outcome.verdict, outcome.anticipated, outcome.hold) == (verdict, True, False)
 
 
 # --- Whose it is ---
