@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import logging
 import smtplib
@@ -15,7 +16,6 @@ import requests
 from anymail.exceptions import AnymailAPIError
 from anymail.signals import post_send, pre_send
 from django.core.mail.backends.base import BaseEmailBackend
-from django.core.mail.backends.smtp import EmailBackend as DjangosSmtp
 from django.utils.module_loading import import_string
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ from anymail_retry.signals import message_failed
 from anymail_retry.testing import AcceptThenDrop, LocalEsp, Rule, Status
 from anymail_retry.testing.pytest import local_esp
 from anymail_retry.verdict import Attempt, EspFacts, Phase, Verdict
-from tests.sites import message
+from tests.sites import WAYS, Site, message, site
 from tests.smtp import SmtpServer
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from pytest_django.fixtures import SettingsWrapper
 
-__all__ = ["local_esp"]  # a fixture
+__all__ = ["local_esp", "site"]  # fixtures
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=timezone.utc)
 WINDOW = 900.0
@@ -358,14 +358,21 @@ def test_mistake_of_a_foreign_back_end_is_raised_and_never_queued(error: Excepti
     assert not QueuedMessage.objects.exists()
 
 
-@pytest.mark.filterwarnings("ignore:Directly creating EmailBackend instances")  # Django 6.1: as a user's settings do
-@pytest.mark.parametrize("tls", [{"use_ssl": True}, {"use_tls": True}], ids=["TLS", "STARTTLS"])
-def test_certificate_file_that_is_missing_is_a_mistake_of_smtps_settings(tls: dict[str, bool]) -> None:
+@pytest.mark.django_db
+@pytest.mark.parametrize("site", WAYS[-1:], indirect=True)
+@pytest.mark.parametrize("tls", ["use_ssl", "use_tls"])
+def test_certificate_file_that_is_missing_is_a_mistake_of_smtps_settings(site: Site, tls: str) -> None:
     with SmtpServer() as server:
-        backend = DjangosSmtp(host="127.0.0.1", port=server.port, ssl_certfile="/no/such/cert.pem", **tls)
-        outcome = deliver(backend, message(), Delivery())
-    assert isinstance(outcome.error, FileNotFoundError)
-    assert not outcome.anticipated
+        site.settings.EMAIL_FALLBACK_QUEUE = True
+        site.smtp(server.port, wrapper="fallback")
+        site._legacy(**{f"EMAIL_{tls.upper()}": True, "EMAIL_SSL_CERTFILE": "/no/such/cert.pem"})
+        if site.way == "mailers":
+            mailers = copy.deepcopy(site.settings.MAILERS)
+            mailers["inner"]["OPTIONS"].update({tls: True, "ssl_certfile": "/no/such/cert.pem"})
+            site.settings.MAILERS = mailers
+        with pytest.raises(FileNotFoundError):
+            message().send()
+    assert not QueuedMessage.objects.exists()
 
 
 @pytest.mark.parametrize(
