@@ -39,6 +39,7 @@ from anymail.exceptions import (
     AnymailUnsupportedFeature,
 )
 from django.core.exceptions import ImproperlyConfigured
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from .exceptions import BodyChanged, CircuitOpen, InvalidIdempotencyKey
 
@@ -340,6 +341,11 @@ CONNECT_ERRORS = (
 )
 
 
+#: A certificate that is not trusted, or another host's. urllib3 compares the names itself where Python's ssl cannot
+#: (LibreSSL, PyOpenSSL), and raises a ValueError of its own.
+CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, CertificateError)
+
+
 def _is_a_drop(error: BaseException) -> bool:
     """Whether this is urllib3's ProxyError for a connection that was dropped, perhaps after the request.
 
@@ -357,7 +363,7 @@ def phase_of(error: BaseException) -> Phase | None:
     """How far the attempt came that ended in this error; None if the error is not the network's."""
     chain = list(causes(error))
     for cause in chain:
-        if isinstance(cause, ssl.SSLCertVerificationError):
+        if isinstance(cause, CERTIFICATE_ERRORS):
             return Phase.CERTIFICATE
     for cause in chain:
         if isinstance(cause, CONNECT_ERRORS) and not _is_a_drop(cause):

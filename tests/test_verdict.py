@@ -24,6 +24,7 @@ from anymail.exceptions import (
 from django.core.exceptions import ImproperlyConfigured
 from hypothesis import given
 from hypothesis import strategies as st
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from anymail_retry.exceptions import BodyChanged, CircuitOpen, InvalidIdempotencyKey
 from anymail_retry.idempotency import IdempotencyKey
@@ -236,6 +237,7 @@ PHASES = [
     ),
     pytest.param(socket.gaierror(-3, "try again"), Phase.CONNECT, id="name look-up, bare"),
     pytest.param(UNTRUSTED, Phase.CERTIFICATE, id="untrusted certificate"),
+    pytest.param(urllib3.exceptions.SSLError(CertificateError("no match")), Phase.CERTIFICATE, id="another host's"),
     pytest.param(urllib3.exceptions.ProxyError("no", UNTRUSTED), Phase.CERTIFICATE, id="the proxy's certificate"),
     pytest.param(RESET, Phase.SENT, id="reset"),
     pytest.param(STALLED, Phase.SENT, id="read timeout"),

@@ -113,11 +113,14 @@ class Breaker:
         if was_open != (after.state != "closed"):
             self._tell(after)
 
-    def end_probe(self) -> None:
-        """Has to be called at the end of every probe, whatever became of it."""
+    def end_probe(self, *, tried: bool) -> None:
+        """Has to be called at the end of every probe, whatever became of it.
+
+        :param tried: it came as far as an attempt; if not, the next send is the probe.
+        """
         with self._lock:
             self._probing = False
-            if self._opened_at is not None:
+            if tried and self._opened_at is not None:
                 self._reset = min(self._reset * 2, RESET_MAX)
                 self._schedule_probe()
 

@@ -148,7 +148,7 @@ class RetryMixin(DeliveryMixin, _RequestsBase):
             return self._post(payload, message, delivery)
         finally:
             if circuit is not None and delivery.is_probe:
-                circuit.end_probe()
+                circuit.end_probe(tried=bool(delivery.attempts))
 
     def _post(self, payload: Any, message: EmailMessage, delivery: Delivery) -> requests.Response:
         response: requests.Response

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import socket
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import pytest
 import requests
 import requests_mock
 import responses
+import trustme
 import urllib3
 import vcr
 from anymail.exceptions import AnymailRequestsAPIError
@@ -38,6 +41,7 @@ from anymail_retry.testing import (
     Status,
     TlsErrorAfterRequest,
 )
+from anymail_retry.testing.certificate import Authority, authority
 from anymail_retry.verdict import Phase, Verdict
 
 from .clock import FakeClock
@@ -138,6 +142,40 @@ def test_an_untrusted_certificate_is_an_ssl_error_and_tried_once(
     assert isinstance(outcome.error, exceptions.SSLError)
     assert outcome.verdict is Verdict.BLOCKED
     assert [attempt.phase for attempt in outcome.attempts] == [Phase.CERTIFICATE]
+
+
+class ForAnotherHost(Authority):
+    """Its servers are somebody else."""
+
+    def server_context(self, host: str) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trustme.CA.from_pem(self.certificate, self.private_key).issue_cert("another.example").configure_cert(context)
+        return context
+
+
+@pytest.mark.parametrize("by_python", [True, False], ids=["by Python's ssl", "by urllib3, as with LibreSSL"])
+def test_another_hosts_certificate_is_not_trusted_either(
+    local_esp: Callable[..., LocalEsp], monkeypatch: pytest.MonkeyPatch, by_python: bool
+) -> None:
+    ours = authority()
+    esp = local_esp("mandrill", authority=ForAnotherHost(ours.certificate, ours.private_key, ours.file))
+    monkeypatch.setattr(urllib3.util.ssl_, "HAS_NEVER_CHECK_COMMON_NAME", by_python)
+    outcome = backend(esp).deliver(message(), Delivery())
+    assert isinstance(outcome.error, exceptions.SSLError)
+    assert outcome.verdict is Verdict.BLOCKED
+    assert [attempt.phase for attempt in outcome.attempts] == [Phase.CERTIFICATE]
+
+
+def test_a_ca_bundle_that_is_garbage_has_surely_sent_nothing(
+    esp: LocalEsp, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "ca.pem"
+    broken.write_text("no certificate")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(broken))
+    outcome = backend(esp, clock, total_retries=1).deliver(message(), Delivery())
+    assert isinstance(outcome.error, exceptions.SSLError)
+    assert outcome.verdict is Verdict.REFUSED
+    assert [attempt.phase for attempt in outcome.attempts] == [Phase.CONNECT] * 2
 
 
 @pytest.mark.parametrize("fault", [DropInHandshake(), DropInHandshake(reset=True)], ids=["FIN", "RST"])
@@ -334,6 +372,16 @@ def test_after_a_redirect_failures_are_tried_again(esp: LocalEsp, clock: FakeClo
     outcome = backend(esp, clock).deliver(message(), Delivery())
     assert [attempt.status for attempt in outcome.attempts] == [308, 429, None]
     assert outcome.verdict is Verdict.AMBIGUOUS
+
+
+def test_a_redirect_to_where_nobody_listens_has_surely_sent_nothing(esp: LocalEsp, clock: FakeClock) -> None:
+    """The answer of the first hop says nothing of the second."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    esp.script(Redirect(308, f"https://127.0.0.1:{port}/"))
+    outcome = backend(esp, clock, total_retries=0).deliver(message(), Delivery())
+    assert (outcome.verdict, outcome.http_status) == (Verdict.REFUSED, None)
+    assert [attempt.phase for attempt in outcome.attempts] == [Phase.ANSWERED, Phase.CONNECT]
 
 
 def test_redirects_without_end_are_requests_error(esp: LocalEsp) -> None:

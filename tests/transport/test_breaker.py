@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 from anymail.exceptions import AnymailAPIError, AnymailRequestsAPIError
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
@@ -197,7 +198,7 @@ def test_any_answer_to_the_probe_closes_it(circuit: Breaker, clock: FakeClock, s
     clock.now += SURELY_DUE
     assert circuit.admit() is True
     circuit.count(Attempt(Phase.ANSWERED, Verdict.DELIVERED, status=status))
-    circuit.end_probe()
+    circuit.end_probe(tried=True)
     assert (circuit.state().state, circuit.state().failures) == ("closed", 0)
     assert circuit.admit() is False
 
@@ -214,7 +215,7 @@ def test_each_failed_probe_doubles_the_reset_up_to_five_minutes(circuit: Breaker
         clock.now += RESET_MAX * (1 + SPREAD)
         assert circuit.admit() is True
         circuit.count(DOWN)
-        circuit.end_probe()
+        circuit.end_probe(tried=True)
         with pytest.raises(CircuitOpen) as caught:
             circuit.admit()
         assert expected * (1 - SPREAD) <= caught.value.retry_after <= expected * (1 + SPREAD)
@@ -225,11 +226,11 @@ def test_reset_starts_small_again_after_a_recovery(circuit: Breaker, clock: Fake
     clock.now += SURELY_DUE
     circuit.admit()
     circuit.count(DOWN)
-    circuit.end_probe()
+    circuit.end_probe(tried=True)
     clock.now += 2 * SURELY_DUE
     circuit.admit()
     circuit.count(HEALTHY)
-    circuit.end_probe()
+    circuit.end_probe(tried=True)
     fail(circuit)
     with pytest.raises(CircuitOpen) as caught:
         circuit.admit()
@@ -241,9 +242,9 @@ def test_probe_that_tells_nothing_makes_room_for_another(circuit: Breaker, clock
     fail(circuit)
     clock.now += SURELY_DUE
     circuit.admit()
-    circuit.end_probe()
-    assert circuit.state().state == "open"
-    clock.now += RESET_MAX
+    until = circuit.state().until
+    circuit.end_probe(tried=False)
+    assert (circuit.state().state, circuit.state().until) == ("open", until)
     assert circuit.admit() is True
 
 
@@ -257,11 +258,11 @@ def test_each_change_is_told_once(
     clock.now += SURELY_DUE
     circuit.admit()
     circuit.count(DOWN)
-    circuit.end_probe()
+    circuit.end_probe(tried=True)
     clock.now += 2 * SURELY_DUE
     circuit.admit()
     circuit.count(HEALTHY)
-    circuit.end_probe()
+    circuit.end_probe(tried=True)
     circuit.count(HEALTHY)
     assert [(change.mailer, change.host, change.state) for change in changes] == [
         ("default", "api.example.com", "open"),
@@ -406,10 +407,23 @@ def test_probe_waits_no_longer_than_the_connect_timeout(esp: LocalEsp, clock: Fa
     esp.script(Status(502), Rule(Stall()))
     failure(failing)
     clock.now += SURELY_DUE
-    sender = backend(esp, clock, breaker_failures=1, connect_timeout=0.5)
-    error = failure(sender)
-    assert type(error).__bases__[1].__name__ == "ReadTimeout"
+    error = failure(backend(esp, clock, breaker_failures=1, connect_timeout=1))
+    assert isinstance(error, requests.ReadTimeout)
+    assert "read timeout=1.0)" in str(error)
     esp.release()
+
+
+def test_probe_that_closes_the_breaker_is_one_attempt_all_the_same(esp: LocalEsp, clock: FakeClock) -> None:
+    failing = backend(esp, clock, total_retries=0, breaker_failures=1)
+    esp.script(Status(502), Rule(Status(429)))
+    failure(failing)
+    clock.now += SURELY_DUE
+    sender = backend(esp, clock, breaker_failures=1, retry_backoff_factor=0, retry_backoff_jitter=0)
+    assert failure(sender).status_code == 429
+    assert [state.state for state in breakers()] == ["closed"]
+    assert len(esp.requests) == 2
+    failure(sender)
+    assert len(esp.requests) == 2 + 4, "no probe any more"
 
 
 def test_sends_beside_the_probe_are_refused(esp: LocalEsp, clock: FakeClock) -> None:
@@ -455,7 +469,7 @@ def test_wrong_setting_is_named(esp: LocalEsp, settings: SettingsWrapper, value:
         backend(esp)
 
 
-def test_cancelled_probe_does_not_block_the_next(esp: LocalEsp, clock: FakeClock) -> None:
+def test_probe_that_fails_before_its_request_leaves_its_place_to_the_next(esp: LocalEsp, clock: FakeClock) -> None:
     failing = backend(esp, clock, total_retries=0, breaker_failures=1)
     esp.script(Status(502))
     failure(failing)
@@ -465,6 +479,5 @@ def test_cancelled_probe_does_not_block_the_next(esp: LocalEsp, clock: FakeClock
     broken.metadata = {"what": object()}  # cannot be put into the request
     with pytest.raises(Exception, match="serializ"):
         backend(esp, clock, breaker_failures=1).send_messages([broken])
-    clock.now += RESET_MAX
     send(backend(esp, clock, breaker_failures=1))
     assert [state.state for state in breakers()] == ["closed"]

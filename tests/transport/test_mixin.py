@@ -12,8 +12,9 @@ from anymail.signals import pre_send
 from django.core import mail
 
 from anymail_retry import RetryMixin, RetryPolicy
+from anymail_retry.backends.brevo import EmailBackend as Brevo
 from anymail_retry.delivery import Delivery, deliver
-from anymail_retry.testing import HalfBody, LocalEsp, ResetAfterRequest, Rule, Status
+from anymail_retry.testing import AcceptThenDrop, HalfBody, LocalEsp, ResetAfterRequest, Rule, Status
 from anymail_retry.transport.adapter import RetryAdapter
 from anymail_retry.verdict import Verdict
 from tests.sites import Site, site
@@ -22,7 +23,9 @@ from .clock import FakeClock
 from .mail import Plain, Retrying, backend, failure, message, send
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from pytest_django.fixtures import SettingsWrapper
 
 __all__ = ["site"]  # a fixture
 
@@ -70,6 +73,52 @@ def test_an_adapter_that_a_subclass_mounts_is_used(esp: LocalEsp) -> None:
     outcome = Own(**esp.options()).deliver(message(), Delivery())
     assert (outcome.verdict, outcome.http_status) == (Verdict.REFUSED, 429)
     assert len(esp.requests) == 1
+
+
+def test_a_duplicate_answer_through_an_adapter_of_the_users_is_success_too(
+    local_esp: Callable[..., LocalEsp], settings: SettingsWrapper
+) -> None:
+    settings.EMAIL_FALLBACK_QUEUE = False
+
+    class Own(Brevo):
+        def create_session(self) -> requests.Session:
+            session = super().create_session()
+            session.mount("https://", requests.adapters.HTTPAdapter())
+            return session
+
+    esp = local_esp("brevo")
+    delivery = Delivery()
+    esp.script(AcceptThenDrop())
+    assert Own(**esp.options()).deliver(message(), delivery).verdict is Verdict.AMBIGUOUS
+    sent = message()
+    assert Own(**esp.options()).deliver(sent, delivery).verdict is Verdict.DELIVERED
+    assert sent.anymail_status.status == {"queued"}
+    assert len(esp.ledger) == 1
+
+
+def test_a_request_of_the_users_own_before_the_message_is_no_attempt_of_it(esp: LocalEsp, clock: FakeClock) -> None:
+    class Own(Retrying):
+        def build_message_payload(self, message: Any, defaults: Any) -> Any:
+            self.session.post(self.api_url)
+            return super().build_message_payload(message, defaults)
+
+    esp.script(Status(500), ResetAfterRequest())
+    outcome = Own(**esp.options()).deliver(message(), Delivery())
+    assert [request.path == esp.requests[0].path for request in esp.requests] == [True, False]
+    assert outcome.http_status is None, "the answer to the first request is none to the second"
+    assert [attempt.error for attempt in outcome.attempts] == ["ProtocolError"]
+
+
+def test_a_session_that_fails_says_nothing_by_the_status_of_the_send_before(esp: LocalEsp) -> None:
+    class Own(Retrying):
+        def create_session(self) -> requests.Session:
+            raise AnymailAPIError("no token")
+
+    sent = send(backend(esp))
+    assert sent.anymail_status.status == {"sent"}
+    outcome = Own(**esp.options()).deliver(sent, Delivery())
+    assert outcome.verdict is not Verdict.DELIVERED
+    assert isinstance(outcome.error, AnymailAPIError)
 
 
 def test_a_session_between_mixin_and_back_end_is_the_one_that_retries(esp: LocalEsp, clock: FakeClock) -> None:
