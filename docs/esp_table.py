@@ -67,10 +67,8 @@ def statuses(numbers: Iterable[int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= length:
-            return f"{seconds / length:g} {unit}"
-    return f"{seconds:g} seconds"
+    unit, length = next(unit for unit in (("hour", 3600), ("minute", 60), ("second", 1)) if seconds >= unit[1])
+    return f"{seconds / length:g} {unit}{'' if seconds == length else 's'}"
 
 
 def rule(answer: AnswerRule) -> str:

@@ -16,10 +16,14 @@ class EmailBackend(FallbackQueueMixin, RetryMixin, anymail.backends.sparkpost.Em
     # Statuses: SparkPost/developers.sparkpost.com, content/api/index.apib (read 2026-11). 409 is here for
     # "in progress"; the rules below take the others out.
     refused_statuses = frozenset({409, 429, 503})
-    # 403: the plan or the API key lacks the right (a From address that may not send is a 400). 420: over the limit of
-    # the day, the month or the sandbox; nothing of the request was sent.
-    blocked_statuses = frozenset({401, 402, 403, 420})
+    # 420: over the limit of the day, the month or the sandbox; nothing of the request was sent.
+    blocked_statuses = frozenset({401, 402, 420})
     answers = (
+        # The plan or the API key lacks the right, which is said in this word alone and without a code:
+        # https://github.com/SparkPost/php-sparkpost/issues/64, https://github.com/darrencauthon/csharp-sparkpost/issues/159
+        AnswerRule(
+            Verdict.BLOCKED, status=403, path="errors.0.message", values=frozenset({"Forbidden."}), reason="api key"
+        ),
         AnswerRule(Verdict.REFUSED, status=409, path="errors.0.code", values=frozenset({"1601"}), reason=IN_PROGRESS),
         AnswerRule(Verdict.PERMANENT, status=409, path="errors.0.code"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -42,8 +43,23 @@ class Counts(NamedTuple):
     stalled: int
 
 
+def forget(*, connections: bool = False) -> None:
+    """Close the circuit breakers of this process, which remember what an ESP did before; and, asked, its idle
+    connections."""
+    if "anymail_retry.transport" not in sys.modules:  # a process that only serves has none, and need not import it
+        return
+    from anymail_retry import close_connections, reset_breakers
+
+    reset_breakers()
+    if connections:
+        close_connections()
+
+
 class ScriptedEsp(abc.ABC):
     """What a local ESP is to its user, wherever it runs.
+
+    Left by ``with``, it leaves nothing to the test after it: no circuit breaker of this process is open, and no idle
+    connection kept.
 
     :param esp: the name of Anymail's back end module: ``"mandrill"``, ``"unisender_go"``, ... (13 of them).
     :param tls: HTTPS with a certificate of this process's own authority, or plain HTTP.
@@ -92,6 +108,7 @@ class ScriptedEsp(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+        forget(connections=True)
 
     # --- how to reach it ---
 
@@ -184,7 +201,7 @@ class ScriptedEsp(abc.ABC):
     def reset(self) -> None:
         """As new: healthy and listening, nothing accepted or requested, no keys known, counts at 0.
 
-        Open connections stay, and connections are numbered on.
+        Open connections stay, and connections are numbered on. This process's circuit breakers are closed.
         """
 
     # --- what it saw; each request is logged too, at DEBUG to "anymail_retry.testing", when it is over ---
@@ -350,6 +367,7 @@ class LocalEsp(ScriptedEsp):
             self._connections_before = server.accepted
             self._fresh()
         server.start_listening()
+        forget()
 
     # --- in the connections' threads ---
 

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from anymail_retry.testing.certificate import authority
 from anymail_retry.testing.faults import Fault, Rule
 from anymail_retry.testing.ledger import Ledger, Request
-from anymail_retry.testing.local import Counts, LocalEsp, ScriptedEsp
+from anymail_retry.testing.local import Counts, LocalEsp, ScriptedEsp, forget
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -172,6 +172,7 @@ class SpawnedEsp(ScriptedEsp):
         with self._reading:
             self._call("reset")
             self._seen.clear()
+        forget()
 
     # --- what it saw ---
 

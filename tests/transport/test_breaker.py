@@ -20,7 +20,7 @@ from anymail_retry import RetryMixin, breakers, reset_breakers
 from anymail_retry.backends.mandrill import EmailBackend as WithQueue
 from anymail_retry.exceptions import CircuitOpen
 from anymail_retry.signals import breaker_changed
-from anymail_retry.testing import AcceptThenStall, LocalEsp, Ok, Rule, Stall, Status
+from anymail_retry.testing import AcceptThenStall, LocalEsp, Ok, Rule, ScriptedEsp, Stall, Status
 from anymail_retry.transport.breaker import RESET_FIRST, RESET_MAX, SPREAD, WITHIN, Breaker, breaker, is_outage
 from anymail_retry.verdict import Attempt, Phase, Verdict
 
@@ -28,7 +28,7 @@ from .clock import RFC_MOMENT, FakeClock
 from .mail import backend, failure, message, send
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_django.fixtures import SettingsWrapper
 
@@ -316,6 +316,26 @@ def test_changed_settings_close_all(clock: FakeClock) -> None:
     fail(breaker("default", "api.example.com", 5, clock))
     with override_settings(EMAIL_TOTAL_RETRIES=1):
         assert breakers() == []
+
+
+@pytest.mark.parametrize("start", [LocalEsp, LocalEsp.spawn], ids=["in this process", "in its own"])
+def test_a_local_esp_leaves_no_outage_to_the_next_test(
+    start: Callable[..., ScriptedEsp], clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states() -> list[str]:
+        return [state.state for state in breakers()]
+
+    with start("mandrill") as esp:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", esp.ca_file)
+        esp.script(Rule(Status(502)))
+        failure(backend(esp, clock, total_retries=0, breaker_failures=1))
+        assert states() == ["open"]
+        esp.reset()
+        assert states() == []
+        esp.script(Rule(Status(502)))
+        failure(backend(esp, clock, total_retries=0, breaker_failures=1))
+        assert states() == ["open"]
+    assert states() == []
 
 
 FORKING = """
