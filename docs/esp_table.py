@@ -23,6 +23,17 @@ says what follows from each.
 
 """
 
+#: What is to be said of one back end besides, by its module.
+NOTES = {
+    "amazon_ses": """\
+By boto3, in whose own loop our settings decide. These mean nothing there: ``EMAIL_OTHER_RETRIES``,
+``EMAIL_CONNECTION_MAX_IDLE`` and ``EMAIL_BREAKER_FAILURES``. A deadline sets the read timeout, to half of what connecting
+leaves of it (all, where there are no retries); no try is begun that might pass it. In
+``AMAZON_SES_CLIENT_PARAMS["config"]`` your own timeouts go over these, and your own ``retries`` leave it all to botocore,
+which tries again what SES may have taken.
+""",
+}
+
 TAIL = """\
 An ESP without idempotency keys cannot recognise a repetition. What it may have taken is therefore never sent again
 within a call, unless ``EMAIL_READ_RETRIES`` or ``EMAIL_HTTP_STATUS_RETRYABLE`` ask for it; from the queue it is, by
@@ -55,6 +66,8 @@ def section(name: str, module: str) -> str:
         ),
     ]
     text = f"{title}\n{'-' * len(title)}\n\n"
+    if module in NOTES:
+        text += f"{NOTES[module]}\n"
     text += "".join(f":{label}: {value}\n" for label, value in lines)
     if backend.answers:
         text += "\nAnswers that mean something else than their status, the first that fits:\n\n"

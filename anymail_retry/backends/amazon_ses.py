@@ -13,15 +13,15 @@ from botocore.exceptions import (
     PartialCredentialsError,
     TokenRetrievalError,
 )
+from requests.structures import CaseInsensitiveDict
 
 from .. import conf
-from ..conf import Unset
-from ..delivery import current_delivery
+from ..delivery import Delivery, current_delivery
 from ..mailqueue.fallback import FallbackQueueMixin
-from ..transport.clock import SYSTEM_CLOCK, Clock
 from ..transport.mixins import DeliveryMixin
 from ..transport.policy import RetryPolicy
-from ..verdict import PHASE_VERDICT, Answer, AnswerRule, Attempt, Phase, Verdict, judge_answer, phase_of
+from ..transport.retry import Call, Retry, retry_for
+from ..verdict import Answer, AnswerRule, Verdict
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
@@ -79,21 +79,23 @@ _BULK = "BulkEmailEntryResults.*.Status"
 
 
 class BotocoreRetryMixin(DeliveryMixin, _Base):
-    """Retries by botocore's own mechanism, from the settings that the other back ends use.
+    """Retries in botocore's own loop, from the settings that the other back ends use.
 
-    ``EMAIL_TOTAL_RETRIES`` (in place of ``AWS_MAX_ATTEMPTS``), ``EMAIL_CONNECT_TIMEOUT`` and the deadline become a
-    botocore ``Config``; what the user gives in ``AMAZON_SES_CLIENT_PARAMS["config"]`` goes over it. botocore counts
-    retries of all kinds together, and its waits are its own.
+    botocore asks after every attempt whether to make another, and is told what the other back ends would do: by the
+    same counts, statuses, waits and deadline. On its own it would try again what SES may have taken: after a read
+    timeout, a dropped connection, a 500. SES knows no idempotency keys, so here that ends the call, unless
+    ``EMAIL_READ_RETRIES`` or ``EMAIL_HTTP_STATUS_RETRYABLE`` ask for it.
 
-    botocore would also try again what SES may have taken: after a read timeout, a dropped connection, a 500. SES knows
-    no idempotency keys, so here that ends the call, unless ``EMAIL_READ_RETRIES`` or ``EMAIL_HTTP_STATUS_RETRYABLE``
-    ask for it, or the user's own ``Config`` has ``retries``, which then are obeyed as they stand.
+    What the user gives in ``AMAZON_SES_CLIENT_PARAMS["config"]`` goes over the timeouts; ``retries`` there are obeyed
+    as they stand, and botocore decides. botocore's connections are its own, and there is no circuit breaker, so
+    ``EMAIL_CONNECTION_MAX_IDLE``, ``EMAIL_BREAKER_FAILURES`` and ``EMAIL_OTHER_RETRIES`` mean nothing here. Timeouts are
+    the client's, and not cut to what is left of the deadline: an attempt that might pass it is not begun.
 
     :raises ImproperlyConfigured: a setting has the wrong type; names it and the line to write.
     """
 
-    #: What deadlines go by.
-    retry_clock: Clock = SYSTEM_CLOCK
+    #: What the message that is being sent may still do; None: none is.
+    _retry: Retry | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = conf.take_options(conf.TRANSPORT_SETTINGS, kwargs)
@@ -101,79 +103,71 @@ class BotocoreRetryMixin(DeliveryMixin, _Base):
         super().__init__(*args, **kwargs)
         self._users_config: Config = self.client_params["config"]
 
-    def default_deadline(self) -> float | None:
-        """Seconds that one send may take where the user did not say: None, as in botocore."""
-        return None
-
-    def _deadline(self) -> float | None:
-        deadline = self.retry_policy.deadline
-        if not isinstance(deadline, Unset):
-            return deadline
-        return None if self.retry_policy.waits_for_reads else self.default_deadline()
-
     def _config(self) -> Config:
-        options: dict[str, Any] = {"connect_timeout": self.retry_policy.connect_timeout}
-        if self.retry_policy.total is not None:
-            options["retries"] = {"mode": "standard", "total_max_attempts": self.retry_policy.total + 1}
-        deadline = self._deadline()
+        total, deadline = self.retry_policy.total, self._deadline()
+        connect, read = self.retry_policy.connect_timeout, READ_TIMEOUT
         if deadline is not None:
-            options["read_timeout"] = min(deadline, READ_TIMEOUT)
-        merged: Config = Config(**options).merge(self._users_config)
+            connect = min(connect, deadline / 2)
+            read = min(read, (deadline - connect) / (1 if total == 0 else 2))  # a second try has to fit in, too
+        retries: dict[str, Any] = {"mode": "standard"}  # the one that never raises where we want another attempt
+        if total is not None:
+            retries["total_max_attempts"] = total + 1
+        merged: Config = Config(connect_timeout=connect, read_timeout=read, retries=retries).merge(self._users_config)
         return merged
 
     def open(self) -> bool:
         self.client_params = {**self.client_params, "config": self._config()}
         opened = bool(super().open())
         if self.client is not None and opened:
-            # botocore asks here after every attempt; whoever raises has the last word.
+            # botocore asks here after every attempt. The first answer counts, and whoever raises has the last word.
             self.client.meta.events.register_first("needs-retry.sesv2", self._after_attempt)
         return opened
 
     def post_to_esp(self, payload: Any, message: EmailMessage) -> Any:
-        delivery = current_delivery()
-        if delivery is None:  # called by someone's own _send
-            return super().post_to_esp(payload, message)
-        deadline = self._deadline()
-        delivery.ends_at = None if deadline is None else self.retry_clock.monotonic() + deadline
+        delivery = current_delivery() or Delivery()  # there is none where someone's own _send calls
+        now, deadline = self.retry_clock.monotonic(), self._deadline()
+        delivery.began_at, delivery.ends_at = now, None if deadline is None else now + deadline
+        call = Call(delivery, self.retry_policy, self, self.esp_name, self.retry_clock, delivery.ends_at)
+        if self.client is not None:
+            config = self.client.meta.config
+            call.shortest_attempt = (config.connect_timeout or 0.0) + (config.read_timeout or 0.0)
+        self._retry = retry_for(call)
         try:
             response = super().post_to_esp(payload, message)
         except Exception as error:
             delivery.answer = Answer.of(getattr(error, "response", None))
             raise
+        finally:
+            self._retry = None
         delivery.answer = Answer.of(response) or Answer(200)  # boto3 raises for every other status
         return response
 
-    def _after_attempt(self, *, response: Any, caught_exception: Exception | None, operation: Any, **_: Any) -> None:
-        """Record the attempt that just ended; raise its error where there must not be another."""
-        delivery = current_delivery()
-        if delivery is None:
-            return
-        answer = Answer.of(response[1]) if response is not None else None
-        if answer is not None:
-            attempt = Attempt(Phase.ANSWERED, judge_answer(answer, self)[0], status=answer.status)
+    def _after_attempt(
+        self, *, response: Any, caught_exception: Exception | None, operation: Any, **_: Any
+    ) -> float | None:
+        """Record the attempt that just ended. Wait, and have botocore make another at once; or raise its error where
+        there must not be another."""
+        retry = self._retry
+        if retry is None:
+            return None
+        if caught_exception is not None:
+            attempt = retry.call.failed(caught_exception)
         else:
-            phase = (phase_of(caught_exception) if caught_exception is not None else None) or Phase.SENT
-            attempt = Attempt(phase, PHASE_VERDICT[phase], error=type(caught_exception).__name__)
-        delivery.attempts.append(attempt)
-        if attempt.verdict is Verdict.DELIVERED or self._may_be_tried_again(attempt, delivery.ends_at):
-            return
+            http, parsed = response
+            answer = Answer.of(parsed) or Answer(http.status_code)
+            attempt = retry.call.answered(http, answer, CaseInsensitiveDict(http.headers))
+            if answer.is_2xx:
+                return None
+        if getattr(self._users_config, "retries", None) is not None:
+            return None
+        self._retry = retry.after(attempt)
+        if self._retry is not None:
+            self._retry.sleep()
+            return 0.0
         if caught_exception is not None:
             raise caught_exception
-        parsed = response[1]
         assert self.client is not None  # it is the client that asks
         raise self.client.exceptions.from_code(parsed.get("Error", {}).get("Code"))(parsed, operation.name)
-
-    def _may_be_tried_again(self, attempt: Attempt, ends_at: float | None) -> bool:
-        policy = self.retry_policy
-        if getattr(self._users_config, "retries", None) is not None:
-            return True
-        if ends_at is not None and self.retry_clock.monotonic() >= ends_at:
-            return False
-        if attempt.phase is Phase.SENT:
-            return policy.waits_for_reads
-        if attempt.status is not None and not isinstance(policy.status_forcelist, Unset):
-            return attempt.status in policy.status_forcelist or attempt.verdict is Verdict.REFUSED
-        return attempt.verdict is Verdict.REFUSED
 
 
 class EmailBackend(FallbackQueueMixin, BotocoreRetryMixin, anymail.backends.amazon_ses.EmailBackend):

@@ -34,6 +34,10 @@ else:
 class DeliveryMixin(EspFacts, _Base):
     """Turns Anymail's ``_send``, which succeeds or raises, into one that also says what a failure means."""
 
+    retry_policy: RetryPolicy
+    #: What waits and deadlines go by.
+    retry_clock: Clock = SYSTEM_CLOCK
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         mro = cls.__mro__
@@ -53,6 +57,19 @@ class DeliveryMixin(EspFacts, _Base):
 
     def _send(self, message: EmailMessage) -> bool:
         return conclude(self, message, self.deliver(message, Delivery()))
+
+    def default_deadline(self) -> float | None:
+        """Seconds that one send may take where the user did not say; None: no limit."""
+        return None
+
+    def _deadline(self) -> float | None:
+        deadline = self.retry_policy.deadline
+        if not isinstance(deadline, Unset):
+            return deadline
+        if self.retry_policy.waits_for_reads:
+            # The first read timeout alone would use up a deadline of ours; the user asked for more than one.
+            return None
+        return self.default_deadline()
 
     def run_pre_send(self, message: EmailMessage) -> bool:
         delivery = current_delivery()
@@ -74,9 +91,6 @@ class RetryMixin(DeliveryMixin, _RequestsBase):
 
     :raises ImproperlyConfigured: a setting has the wrong type; names it and the line to write.
     """
-
-    #: What waits and deadlines go by.
-    retry_clock: Clock = SYSTEM_CLOCK
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = conf.take_options(conf.TRANSPORT_SETTINGS, kwargs)
@@ -100,20 +114,11 @@ class RetryMixin(DeliveryMixin, _RequestsBase):
         return session
 
     def default_deadline(self) -> float | None:
-        """Seconds that one send may take where the user did not say: Anymail's ``requests_timeout``."""
+        """Anymail's ``requests_timeout``."""
         if isinstance(self.timeout, tuple):
             return None if None in self.timeout else sum(self.timeout)
         timeout: float | None = self.timeout
         return timeout
-
-    def _deadline(self) -> float | None:
-        deadline = self.retry_policy.deadline
-        if not isinstance(deadline, Unset):
-            return deadline
-        if self.retry_policy.waits_for_reads:
-            # The first read timeout alone would use up a deadline of ours; the user asked for more than one.
-            return None
-        return self.default_deadline()
 
     def breaker_is_on_by_default(self) -> bool:
         """Whether an open circuit breaker costs nothing here: with a queue to fall back on."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import urllib3
 from urllib3.connectionpool import ConnectionPool
-from urllib3.exceptions import HTTPError, MaxRetryError, ResponseError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ProtocolError, ResponseError
 from urllib3.response import BaseHTTPResponse, HTTPResponse
 
 from ..conf import Unset
@@ -68,6 +68,8 @@ class Call:
     clock: Clock
     #: By the clock's ``monotonic()``; None: no deadline.
     ends_at: float | None = None
+    #: Seconds without which no further attempt is begun.
+    shortest_attempt: float = SHORTEST_ATTEMPT
     #: The response whose attempt was recorded last, and its body as it came if it had to be read to judge it.
     last_response: BaseHTTPResponse | None = None
     last_body: bytes | None = None
@@ -212,11 +214,44 @@ class Retry(urllib3.Retry):
             by_hand = _pool is None  # by a test tool, which reads the answer itself
             answer = Answer(response.status) if by_hand else self.call.read(response)
             attempt = self.call.answered(response, answer, response.headers)
-        retry = super().increment(method, url, response, error, _pool, _stacktrace)
+        return self._next(attempt, method, url, response, error, _pool, _stacktrace)
+
+    def after(self, attempt: Attempt) -> Self | None:
+        """What is left after an attempt that was not made by urllib3's pool; None: there is to be no other."""
+        response: BaseHTTPResponse | None = None
+        error: Exception | None = None
+        if attempt.status is not None:
+            refused = attempt.verdict is Verdict.REFUSED and not self.call.statuses_are_the_users
+            if not refused and not self.is_retry("POST", attempt.status, attempt.retry_after is not None):
+                return None
+            response = HTTPResponse(status=attempt.status)
+        elif attempt.phase is Phase.SENT:
+            error = ProtocolError(attempt.error)
+        elif attempt.phase is Phase.CONNECT:
+            error = ConnectTimeoutError(attempt.error)
+        else:
+            return None
+        try:
+            return self._next(attempt, "POST", None, response, error)
+        except HTTPError:
+            return None
+
+    def _next(
+        self,
+        attempt: Attempt,
+        method: str | None,
+        url: str | None,
+        response: BaseHTTPResponse | None,
+        error: Exception | None,
+        pool: ConnectionPool | None = None,
+        stacktrace: TracebackType | None = None,
+    ) -> Self:
+        """urllib3's own ``increment()``, for an attempt that is recorded."""
+        retry = super().increment(method, url, response, error, pool, stacktrace)
         retry.next_wait = attempt.retry_after or retry.get_backoff_time()
         if retry._ends_here(attempt):
             reason = error or ResponseError(ResponseError.SPECIFIC_ERROR.format(status_code=attempt.status))
-            raise MaxRetryError(_pool, url, reason) from reason  # type: ignore[arg-type]  # as urllib3 itself does
+            raise MaxRetryError(pool, url, reason) from reason  # type: ignore[arg-type]  # as urllib3 itself does
         return retry
 
     def _ends_here(self, attempt: Attempt) -> bool:
@@ -229,7 +264,7 @@ class Retry(urllib3.Retry):
         if self.call.outlives_its_key(self.next_wait) or self.call.is_hopeless:
             return True
         left = self.call.time_left()
-        return left is not None and left < self.next_wait + SHORTEST_ATTEMPT
+        return left is not None and left < self.next_wait + self.call.shortest_attempt
 
     def get_backoff_time(self) -> float:
         """urllib3's formula, but for the first wait after an answer without a Retry-After: one factor and jitter.

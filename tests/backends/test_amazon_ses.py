@@ -6,10 +6,10 @@ import functools
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import botocore.endpoint
 import botocore.session
@@ -23,27 +23,38 @@ from django.test import override_settings
 
 from anymail_retry.backends.amazon_ses import READ_TIMEOUT, EmailBackend
 from anymail_retry.delivery import Delivery, deliver
+from anymail_retry.testing import LocalEsp
+from anymail_retry.transport.mixins import DeliveryMixin
 from anymail_retry.verdict import Outcome, Phase, Verdict
+from tests.transport.clock import FakeClock
 from tests.transport.servers import forward_proxy, serving
 
 DELIVERED, REFUSED, AMBIGUOUS = Verdict.DELIVERED, Verdict.REFUSED, Verdict.AMBIGUOUS
 BLOCKED, PERMANENT = Verdict.BLOCKED, Verdict.PERMANENT
 
-Step = tuple[int, str, Any]
 
-OK: Step = (200, "", {"MessageId": "0100"})
-GARBAGE: Step = (200, "", "<html>")
-DROP: Step = (0, "drop", None)
-STALL: Step = (0, "stall", None)
+class Step(NamedTuple):
+    """What SES does with one request."""
+
+    status: int
+    code: str
+    body: Any
+    headers: dict[str, str] = {}  # never changed
 
 
-def failure(status: int, code: str, message: str = "...") -> Step:
-    return status, code, {"message": message}
+OK = Step(200, "", {"MessageId": "0100"})
+GARBAGE = Step(200, "", "<html>")
+DROP = Step(0, "drop", None)
+STALL = Step(0, "stall", None)
+
+
+def failure(status: int, code: str, message: str = "...", **headers: str) -> Step:
+    return Step(status, code, {"message": message}, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 def bulk(*statuses: str) -> Step:
     entries = [{"Status": status, "MessageId": "0100"} for status in statuses]
-    return 200, "", {"BulkEmailEntryResults": entries}
+    return Step(200, "", {"BulkEmailEntryResults": entries})
 
 
 RATE = failure(429, "TooManyRequestsException", "Too many requests")
@@ -61,6 +72,8 @@ class LocalSes(ThreadingHTTPServer):
         self.steps: list[Step] = []
         self.requests: list[str] = []
         self.agents: list[str] = []
+        #: Called when a request has been read.
+        self.meanwhile: Callable[[], object] = lambda: None
         self.done = threading.Event()
 
     @property
@@ -76,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.server.requests.append(self.path)
         self.server.agents.append(self.headers["User-Agent"])
-        status, code, body = self.server.steps.pop(0) if self.server.steps else OK
+        self.server.meanwhile()
+        status, code, body, headers = self.server.steps.pop(0) if self.server.steps else OK
         if status == 0:
             if code == "stall":
                 self.server.done.wait(60)
@@ -86,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         if code:
             self.send_header("x-amzn-ErrorType", code)
         self.end_headers()
@@ -106,17 +122,21 @@ def ses() -> Iterator[LocalSes]:
         thread.join()
 
 
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[float]:
-    """No configuration, credentials or proxy of this machine's; the waits of botocore, which are not waited."""
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, clock: FakeClock) -> None:
+    """No configuration, credentials or proxy of this machine's; and nobody waits, neither we nor botocore."""
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_MAX_ATTEMPTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    waits: list[float] = []
-    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=waits.append))
-    return waits
+    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(DeliveryMixin, "retry_clock", clock)
 
 
 @functools.cache
@@ -274,13 +294,106 @@ def test_the_worst_attempt_counts(ses: LocalSes) -> None:
     [
         pytest.param({"EMAIL_TOTAL_RETRIES": 0}, 1, id="none"),
         pytest.param({"EMAIL_TOTAL_RETRIES": 1}, 2, id="one"),
+        pytest.param({"EMAIL_TOTAL_RETRIES": None}, 10, id="no limit: until it works"),
+        pytest.param({"EMAIL_HTTP_STATUS_RETRIES": 2}, 3, id="two after answers"),
+        pytest.param({"EMAIL_CONNECT_RETRIES": 0, "EMAIL_READ_RETRIES": 0}, 4, id="none of another kind"),
+        pytest.param({"EMAIL_HTTP_STATUS_RETRYABLE": [500]}, 1, id="only after others"),
+        pytest.param({"EMAIL_HTTP_STATUS_RETRYABLE": [429]}, 4, id="after this one"),
         pytest.param({}, 4, id="the default"),
     ],
 )
-def test_botocore_tries_as_often_as_the_setting_says(ses: LocalSes, settings: dict[str, int], requests: int) -> None:
+def test_a_refused_request_is_tried_as_often_as_the_settings_say(
+    ses: LocalSes, settings: dict[str, Any], requests: int
+) -> None:
     ses.steps = [RATE] * 9
     send(ses.url, **settings)
     assert len(ses.requests) == requests
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "requests"),
+    [
+        pytest.param(DROP, {"EMAIL_READ_RETRIES": 2}, 3, id="two after no answer"),
+        pytest.param(DROP, {"EMAIL_READ_RETRIES": 9}, 4, id="nine, and three in all"),
+        pytest.param(DROP, {"EMAIL_READ_RETRIES": None, "EMAIL_HTTP_STATUS_RETRIES": 0}, 4, id="none after answers"),
+        pytest.param(
+            failure(400, "LimitExceededException"), {"EMAIL_HTTP_STATUS_RETRYABLE": [429]}, 1, id="a status is a status"
+        ),
+        pytest.param(
+            failure(400, "MessageRejected"), {"EMAIL_HTTP_STATUS_RETRYABLE": [400]}, 4, id="whatever it means"
+        ),
+        pytest.param(DAILY_QUOTA, {}, 1, id="a quota"),
+        pytest.param(bulk("TRANSIENT_FAILURE"), {"EMAIL_HTTP_STATUS_RETRYABLE": [429]}, 1, id="never after a 2xx"),
+    ],
+)
+def test_any_other_failure_is_tried_as_often_as_the_settings_say(
+    ses: LocalSes, step: Step, settings: dict[str, Any], requests: int
+) -> None:
+    ses.steps = [step] * 9
+    made = mailing() if step.status == 200 else message()
+    made.to = made.to[:1]
+    send(ses.url, made, **settings)
+    assert len(ses.requests) == requests
+
+
+@pytest.mark.parametrize(
+    ("settings", "attempts"),
+    [
+        pytest.param({"EMAIL_CONNECT_RETRIES": 1}, 2, id="one"),
+        pytest.param({"EMAIL_CONNECT_RETRIES": 0}, 1, id="none"),
+        pytest.param({"EMAIL_READ_RETRIES": 0, "EMAIL_HTTP_STATUS_RETRIES": 0}, 4, id="none of another kind"),
+    ],
+)
+def test_a_refused_connection_is_tried_as_often_as_the_settings_say(settings: dict[str, Any], attempts: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    assert len(send(url, **settings).attempts) == attempts
+
+
+def test_an_untrusted_certificate_is_tried_once() -> None:
+    with LocalEsp("mandrill") as esp:
+        outcome = send(esp.origin)
+    assert outcome.verdict is BLOCKED
+    assert [attempt.phase for attempt in outcome.attempts] == [Phase.CERTIFICATE]
+
+
+def test_waits_are_those_of_the_other_back_ends(
+    ses: LocalSes, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    ses.steps = [failure(429, "TooManyRequestsException", Retry_After="3"), DROP, RATE, OK]
+    made = message()
+    send(ses.url, made, EMAIL_READ_RETRIES=1, EMAIL_RETRY_BACKOFF_FACTOR=2, EMAIL_RETRY_BACKOFF_JITTER=0)
+    assert clock.waits == [3.0, 4.0, 8.0]
+    assert [(attempt.status, attempt.retry_after, attempt.waited) for attempt in made.retry_history] == [
+        (429, 3.0, 3.0),
+        (None, None, 4.0),
+        (429, None, 8.0),
+        (200, None, None),
+    ]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records if "before try" in record.msg] == [
+        ("WARNING", "Amazon SES: HTTP 429; waiting 3.0 s before try 2 of 4"),
+        ("WARNING", "Amazon SES: ConnectionClosedError; waiting 4.0 s before try 3 of 4"),
+        ("WARNING", "Amazon SES: HTTP 429; waiting 8.0 s before try 4 of 4"),
+    ]
+
+
+def test_a_wait_that_nobody_sits_out_ends_the_call_and_is_handed_on(ses: LocalSes) -> None:
+    ses.steps = [failure(429, "TooManyRequestsException", Retry_After="3600")]
+    outcome = send(ses.url)
+    assert (outcome.verdict, outcome.retry_after) == (REFUSED, 3600.0)
+    assert len(ses.requests) == 1
+
+
+def test_a_send_of_the_users_own_is_not_tried_again_after_no_answer_either(ses: LocalSes) -> None:
+    """By itself botocore would."""
+    ses.steps = [DROP]
+    with override_settings(ANYMAIL=options(ses.url), EMAIL_FALLBACK_QUEUE=False):
+        backend, made = EmailBackend(), message()
+        backend.open()
+        with pytest.raises(AnymailAPIError):
+            backend.post_to_esp(backend.build_message_payload(made, backend.send_defaults), made)
+        backend.close()
+    assert len(ses.requests) == 1
 
 
 def test_the_users_own_retries_are_obeyed_as_they_stand(ses: LocalSes) -> None:
@@ -290,27 +403,27 @@ def test_the_users_own_retries_are_obeyed_as_they_stand(ses: LocalSes) -> None:
     assert outcome.verdict is AMBIGUOUS
 
 
-def test_no_attempt_begins_after_the_deadline(ses: LocalSes) -> None:
-    class Clock:
-        """Every look at it is 10 seconds later."""
+@pytest.mark.parametrize(
+    ("seconds", "requests"),
+    [
+        pytest.param(0, 4, id="at once: all"),
+        pytest.param(3, 3, id="3 s each: not at 10.5 or later"),
+        pytest.param(8, 2, id="8 s each: not at 17"),
+        pytest.param(10, 1, id="10 s: not one that might last until after 25"),
+    ],
+)
+def test_no_attempt_begins_that_might_pass_the_deadline(
+    ses: LocalSes, clock: FakeClock, seconds: float, requests: int
+) -> None:
+    """Which may last 5 seconds to connect and 10 to answer."""
 
-        now = 0.0
-
-        def monotonic(self) -> float:
-            self.now += 10
-            return self.now
-
-        time = monotonic
-
-        def sleep(self, seconds: float) -> None:
-            raise AssertionError("botocore waits, not we")
+    def take() -> None:
+        clock.now += seconds
 
     ses.steps = [RATE] * 9
-    with override_settings(ANYMAIL=options(ses.url), EMAIL_FALLBACK_QUEUE=False, EMAIL_RETRY_DEADLINE=25):
-        backend = EmailBackend()
-        backend.retry_clock = Clock()
-        outcome = deliver(backend, message(), Delivery())
-    assert len(ses.requests) == 3
+    ses.meanwhile = take
+    outcome = send(ses.url, EMAIL_RETRY_DEADLINE=25)
+    assert len(ses.requests) == requests
     assert outcome.verdict is REFUSED
 
 
@@ -329,12 +442,24 @@ def test_timeouts_come_from_our_settings() -> None:
     config = config_of(EMAIL_FALLBACK_QUEUE=False, EMAIL_CONNECT_TIMEOUT=3)
     assert config.connect_timeout == 3
     assert config.read_timeout == READ_TIMEOUT
-    assert config_of(EMAIL_FALLBACK_QUEUE=False, EMAIL_RETRY_DEADLINE=12).read_timeout == 12
-    assert config_of(EMAIL_FALLBACK_QUEUE=False, EMAIL_RETRY_DEADLINE=600).read_timeout == READ_TIMEOUT
 
 
-def test_a_send_ends_before_a_web_worker_is_killed_where_there_is_a_queue() -> None:
-    assert config_of(EMAIL_FALLBACK_QUEUE=True).read_timeout == 25
+@pytest.mark.parametrize(
+    ("settings", "timeouts"),
+    [
+        pytest.param({"EMAIL_FALLBACK_QUEUE": True}, (5, 10), id="25 seconds, with the queue: two tries"),
+        pytest.param({"EMAIL_RETRY_DEADLINE": 25, "EMAIL_TOTAL_RETRIES": 0}, (5, 20), id="only one try"),
+        pytest.param({"EMAIL_RETRY_DEADLINE": 6}, (3, 1.5), id="less than two connect timeouts"),
+        pytest.param({"EMAIL_RETRY_DEADLINE": 600}, (5, READ_TIMEOUT), id="more than anybody wants"),
+        pytest.param({"EMAIL_RETRY_DEADLINE": None}, (5, READ_TIMEOUT), id="none"),
+        pytest.param(
+            {"EMAIL_FALLBACK_QUEUE": True, "EMAIL_READ_RETRIES": 1}, (5, READ_TIMEOUT), id="the user's read retries"
+        ),
+    ],
+)
+def test_timeouts_fit_into_the_deadline(settings: dict[str, Any], timeouts: tuple[float, float]) -> None:
+    config = config_of(**{"EMAIL_FALLBACK_QUEUE": False, **settings})
+    assert (config.connect_timeout, config.read_timeout) == timeouts
 
 
 def test_the_users_config_goes_over_ours_and_anymails_own_stays(ses: LocalSes) -> None:
