@@ -27,10 +27,10 @@ says what follows from each.
 NOTES = {
     "amazon_ses": """\
 By boto3, in whose own loop our settings decide. These mean nothing there: ``EMAIL_OTHER_RETRIES``,
-``EMAIL_CONNECTION_MAX_IDLE`` and ``EMAIL_BREAKER_FAILURES``. A deadline sets the read timeout, to half of what connecting
-leaves of it (all, where there are no retries); no try is begun that might pass it. In
-``AMAZON_SES_CLIENT_PARAMS["config"]`` your own timeouts go over these, and your own ``retries`` leave it all to botocore,
-which tries again what SES may have taken.
+``EMAIL_CONNECTION_MAX_IDLE`` and ``EMAIL_BREAKER_FAILURES``. A deadline sets the read timeout, to half of what
+connecting leaves of it (all, where there are no retries); no try is begun that might pass it. In
+``AMAZON_SES_CLIENT_PARAMS["config"]`` your own timeouts go over these, and your own ``retries`` leave it all to
+botocore, which tries again what SES may have taken.
 """,
 }
 

@@ -88,8 +88,8 @@ class BotocoreRetryMixin(DeliveryMixin, _Base):
 
     What the user gives in ``AMAZON_SES_CLIENT_PARAMS["config"]`` goes over the timeouts; ``retries`` there are obeyed
     as they stand, and botocore decides. botocore's connections are its own, and there is no circuit breaker, so
-    ``EMAIL_CONNECTION_MAX_IDLE``, ``EMAIL_BREAKER_FAILURES`` and ``EMAIL_OTHER_RETRIES`` mean nothing here. Timeouts are
-    the client's, and not cut to what is left of the deadline: an attempt that might pass it is not begun.
+    ``EMAIL_CONNECTION_MAX_IDLE``, ``EMAIL_BREAKER_FAILURES`` and ``EMAIL_OTHER_RETRIES`` mean nothing here. Timeouts
+    are the client's, and not cut to what is left of the deadline: an attempt that might pass it is not begun.
 
     :raises ImproperlyConfigured: a setting has the wrong type; names it and the line to write.
     """

@@ -17,6 +17,7 @@ from anymail_retry.exceptions import InvalidIdempotencyKey
 from anymail_retry.models import MessageContent, QueuedMessage
 from anymail_retry.testing import AcceptThenDrop, AcceptThenStall, Latency, LocalEsp, Rule, Status
 from anymail_retry.verdict import Verdict
+from tests.transport.clock import Takes
 
 from .cases import KEYED
 
@@ -162,6 +163,25 @@ def test_duplicate_answer_at_a_drain_is_success(cell: Cell) -> None:
     cell.esp.script()
     assert drain_when_due(cell, sent.queued_message) == "sent"
     assert cell.esp.requests[-1].status == 400
+    assert cell.accepted(sent) == 1
+
+
+@at_each
+def test_answers_that_never_come_are_waited_for_until_the_deadline_and_one_mail_arrives(cell: Cell) -> None:
+    """At 0, 11 and 23 of 25 seconds; then from the queue."""
+    cell.settings.ANYMAIL_REQUESTS_TIMEOUT = (10.0, 0.3)
+    cell.esp.script(Rule(Takes(11, cell.clock, AcceptThenStall())))
+    sent = message()
+    assert sent.send() == 1
+    assert [attempt.error for attempt in sent.retry_history] == ["ReadTimeoutError"] * 3
+    assert len(cell.esp.requests) == 3
+    assert sent.queued_message.verdict == "ambiguous"
+    assert cell.accepted(sent) == 1
+    del cell.settings.ANYMAIL_REQUESTS_TIMEOUT
+    cell.esp.script()
+    cell.esp.release()
+    assert drain_when_due(cell, sent.queued_message) == "sent"
+    assert len(set(keys(cell.esp))) == 1
     assert cell.accepted(sent) == 1
 
 

@@ -6,6 +6,7 @@ it arrives twice only where nobody could have known.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def test_send(
     cell: Cell, case: Case, ends: Ends, record: Record, failed: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sent directly, with the queue on."""
+    caplog.set_level(logging.DEBUG)
     message = make(case)
     with cell.fault(case):
         error = send(message)
