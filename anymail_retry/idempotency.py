@@ -79,7 +79,7 @@ def apply(spec: IdempotencyKey, payload: Any, message: Any, delivery: Delivery) 
         users = spec.given(payload)
     if users is not None and str(users) != delivery.key:  # ours may stand there since an earlier request
         delivery.key, delivery.key_from_user = str(users), True  # a UUID or a number is as good
-        delivery.key_used_since = delivery.body_digest = None  # what was taken was not taken under this one
+        delivery.key_used_since = None  # what was taken was not taken under this one, and its body says nothing
     spec.check(delivery.key)
     spec.put(payload, delivery.key)
     if spec.compares_body:

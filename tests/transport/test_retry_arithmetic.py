@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ import urllib3
 from hypothesis import example, given
 from hypothesis import strategies as st
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import EmptyPoolError, HTTPError, NewConnectionError
 from urllib3.response import HTTPResponse
 
-from anymail_retry.conf import UNSET
+from anymail_retry.conf import UNSET, Unset
 from anymail_retry.delivery import Delivery
 from anymail_retry.idempotency import IdempotencyKey
 from anymail_retry.testing import Latency, LocalEsp, Ok, Redirect, ResetAfterRequest, Rule, Stall, Status
@@ -52,9 +53,10 @@ class WithKeys(EspFacts):
 class Try:
     """What one attempt meets, and which part of its timeouts it takes."""
 
-    #: ``connect``: no connection; ``timeout``: the connect timeout; ``send``: the upload hangs; ``reset``; ``stall``:
-    #: the read timeout; a status.
+    #: ``busy``: no socket gets free; ``connect``: no connection; ``timeout``: the connect timeout; ``send``: the upload
+    #: hangs; ``reset``; ``tls``: TLS breaks after the request; ``stall``: the read timeout; a status, 307: another hop.
     fault: str | int
+    queueing: float = 0.0
     connecting: float = 0.0
     sending: float = 0.0
     reading: float = 0.0
@@ -69,11 +71,18 @@ class Script:
 
     clock: FakeClock
     tries: Iterator[Try]
+    #: When the tries began that came as far as a socket.
     began: list[float] = field(default_factory=list)
-    met: list[Try] = field(default_factory=list)
+    #: What they met, hop by hop.
+    hops: list[list[Try]] = field(default_factory=list)
+    present: Try = field(default_factory=lambda: Try(200))
+
+    @property
+    def met(self) -> list[Try]:
+        return [met for hop in self.hops for met in hop]
 
     def take(self, part: float, timeout: float | None) -> None:
-        assert timeout is None or timeout > 0
+        assert timeout is None or timeout >= 0
         self.clock.now += part * (NEVER if timeout is None else timeout)
 
 
@@ -85,8 +94,9 @@ class ScriptedConnection(HTTPConnection):
     def connect(self) -> None:
         script = self.script
         script.began.append(script.clock.now)
-        self.met = next(script.tries, Try(200))
-        script.met.append(self.met)
+        self.met = script.present
+        assert self.timeout is None or self.timeout > 0
+        script.hops[-1].append(self.met)
         if self.met.fault == "timeout":
             script.take(1.0, self.timeout)
             raise TimeoutError
@@ -111,6 +121,8 @@ class ScriptedConnection(HTTPConnection):
         self.script.take(self.met.reading, self.timeout)
         if self.met.fault == "reset":
             raise ConnectionResetError
+        if self.met.fault == "tls":
+            raise ssl.SSLError("bad record")
         assert isinstance(self.met.fault, int)
         headers = {} if self.met.retry_after is None else {"Retry-After": f"{self.met.retry_after:.3f}"}
         return HTTPResponse(SlowBody(self.script, self.met.ending), headers, self.met.fault, preload_content=False)
@@ -131,7 +143,16 @@ class SlowBody(io.BytesIO):
 
 
 class ScriptedPool(urllib3.HTTPConnectionPool):
-    """As for TLS, where urllib3 has the connection stand before it makes the request."""
+    """As for TLS, where urllib3 has the connection stand before it makes the request; and where others are busy too."""
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        script: Script = self.ConnectionCls.script  # type: ignore[attr-defined]  # of ScriptedConnection
+        script.present = next(script.tries, Try(200))
+        if script.present.fault == "busy":
+            script.take(1.0, timeout)
+            raise EmptyPoolError(self, "busy")
+        script.take(script.present.queueing, timeout)
+        return super()._get_conn(timeout)
 
     def _validate_conn(self, conn: Any) -> None:
         conn.connect()
@@ -142,6 +163,7 @@ class Made:
     """What came of one call."""
 
     script: Script
+    #: The last hop's.
     call: Call
     answer: Any
     error: HTTPError | None
@@ -150,6 +172,11 @@ class Made:
     def ended(self) -> float:
         return self.script.clock.now
 
+    @property
+    def is_busy(self) -> bool:
+        """It ended because no socket got free."""
+        return self.script.present.fault == "busy"
+
 
 def make(
     policy: RetryPolicy, requests_timeout: tuple[float | None, float | None], tries: list[Try], *, has_key: bool = False
@@ -157,25 +184,29 @@ def make(
     clock = FakeClock()
     deadline = policy.deadline
     assert deadline is None or isinstance(deadline, float)
-    call = Call(Delivery(), policy, WithKeys if has_key else EspFacts, "ESP", clock, deadline)
+    delivery = Delivery()
     script = Script(clock, iter(tries))
     connection = type("Connection", (ScriptedConnection,), {"script": script})
     pool = _pool_class(ScriptedPool, connection, 15.0)("esp.example")
-    answer = error = None
-    try:
-        answer = pool.urlopen(
-            "POST",
-            "/",
-            retries=retry_for(call),
-            timeout=DeadlineTimeout(*requests_timeout, call.ends_at, clock),
-            redirect=False,
-            assert_same_host=False,
-            preload_content=False,
-        )
-        call.answered(answer, Answer(answer.status), answer.headers)  # as the adapter does
-    except HTTPError as raised:
-        error = raised
-    return Made(script, call, answer, error)
+    while True:
+        call = Call(delivery, policy, WithKeys if has_key else EspFacts, "ESP", clock, deadline)
+        script.hops.append([])
+        answer = error = None
+        try:
+            answer = pool.urlopen(
+                "POST",
+                "/",
+                retries=retry_for(call),
+                timeout=DeadlineTimeout(*requests_timeout, call.ends_at, clock),
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+            )
+            call.answered(answer, Answer(answer.status), answer.headers)  # as the adapter does
+        except HTTPError as raised:
+            error = raised
+        if answer is None or answer.status != 307:
+            return Made(script, call, answer, error)
 
 
 def seconds(low: float, high: float) -> st.SearchStrategy[float]:
@@ -201,7 +232,10 @@ timeouts = st.tuples(st.none() | seconds(0.1, 40), st.none() | seconds(0.1, 40))
 parts = st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
 attempts = st.builds(
     Try,
-    fault=st.sampled_from(["connect", "timeout", "send", "reset", "stall", 413, 429, 500, 503, 422, 200]),
+    fault=st.sampled_from(
+        ["busy", "connect", "timeout", "send", "reset", "tls", "stall", 307, 413, 429, 500, 503, 422, 200]
+    ),
+    queueing=parts,
     connecting=parts,
     sending=parts,
     reading=parts,
@@ -219,66 +253,92 @@ def test_waits_and_attempts_together_never_pass_the_deadline(example: Any) -> No
     policy, requests_timeout, tries, has_key = example
     made = make(policy, requests_timeout, tries, has_key=has_key)
     if policy.deadline is not None:
-        # The first attempt has its second, however short the deadline; and bodies end when they end.
+        # The first attempt of a hop has its second, however little is left; and bodies end when they end.
         bodies = sum(met.ending for met in made.script.met)
-        assert made.ended <= max(policy.deadline, SHORTEST_ATTEMPT) + bodies + EPSILON
+        hops = (len(made.script.hops) - 1) * SHORTEST_ATTEMPT
+        assert made.ended <= max(policy.deadline, SHORTEST_ATTEMPT) + hops + bodies + EPSILON
 
 
 @given(calls)
 def test_no_more_tries_than_total_and_one(example: Any) -> None:
     policy, requests_timeout, tries, has_key = example
     made = make(policy, requests_timeout, tries, has_key=has_key)
-    assert len(made.script.met) <= (len(tries) if policy.total is None else policy.total) + 1
+    for hop in made.script.hops:
+        assert len(hop) <= (len(tries) if policy.total is None else policy.total) + 1
 
 
 @given(calls)
+@example((RetryPolicy(deadline=None, read=9, total=9), (5.0, 30.0), [Try("tls")] * 9, True))
 def test_each_kind_of_failure_is_tried_again_no_more_often_than_its_own_count(example: Any) -> None:
     policy, requests_timeout, tries, has_key = example
-    *retried, _ = make(policy, requests_timeout, tries, has_key=has_key).script.met
-    faults = [met.fault for met in retried]
-    kinds = {
-        policy.connect: ("connect", "timeout"),
-        policy.status: (413, 429, 500, 503),
-    }
-    for limit, kind in kinds.items():
-        if limit is not None:
-            assert sum(fault in kind for fault in faults) <= limit
-    ambiguous = sum(fault in ("send", "reset", "stall") for fault in faults)
-    if policy.read is UNSET and not has_key:
-        assert ambiguous == 0
-    elif isinstance(policy.read, int):
-        assert ambiguous <= policy.read
+    made = make(policy, requests_timeout, tries, has_key=has_key)
+    unset = None if has_key else 0
+    kinds = [
+        (policy.connect, ("connect", "timeout")),
+        (policy.status, (413, 429, 500, 503)),
+        (policy.other, ("tls",)),
+        (unset if isinstance(policy.read, Unset) else policy.read, ("send", "reset", "stall")),
+    ]
+    for hop in made.script.hops:
+        faults = [met.fault for met in hop[: len(hop) if made.is_busy and hop is made.script.hops[-1] else -1]]
+        for limit, kind in kinds:
+            if limit is not None:
+                assert sum(fault in kind for fault in faults) <= limit
 
 
 @given(calls)
-def test_every_wait_is_within_bounds_and_is_followed_by_a_try(example: Any) -> None:
+@example((RetryPolicy(deadline=None), (5.0, 30.0), [Try(429)] * 9, False))
+@example((RetryPolicy(deadline=None), (5.0, 30.0), [Try(429, retry_after=7.5)] * 9, False))
+@example((RetryPolicy(deadline=None), (5.0, 30.0), [Try(429, retry_after=0.0)] * 9, False))
+@example((RetryPolicy(deadline=None), (5.0, 30.0), [Try("connect")] * 9, False))
+@example((RetryPolicy(deadline=None), (5.0, 30.0), [Try(429), Try("busy")], False))
+@example((RetryPolicy(deadline=None), (5.0, 30.0), [Try(429), Try(307), Try(429), Try("timeout")], False))
+def test_every_wait_is_as_long_as_it_has_to_be_and_is_followed_by_a_try(example: Any) -> None:
     policy, requests_timeout, tries, has_key = example
     made = make(policy, requests_timeout, tries, has_key=has_key)
-    waits = [attempt.waited for attempt in made.call.delivery.attempts]
-    assert len(waits) == len(made.script.met)
-    assert waits[-1] is None, "it waited, and then gave up"
-    for wait in waits[:-1]:
-        assert wait is not None
-        assert 0 <= wait <= max(policy.backoff_max, policy.retry_after_max)
-    assert made.script.clock.waits == [wait for wait in waits[:-1] if wait]
+    attempts = iter(made.call.delivery.attempts)
+    for hop in made.script.hops:
+        *retried, last = [next(attempts) for _ in hop] or [None]
+        if made.is_busy and hop is made.script.hops[-1]:
+            retried.append(last)  # it waited, and then there was no socket
+        elif last is not None:
+            assert last.waited is None, "it waited, and then gave up"
+        for number, attempt in enumerate(retried):
+            if attempt is None:  # there was no socket for the first try
+                continue
+            assert attempt.waited is not None
+            if attempt.retry_after:
+                assert attempt.waited == attempt.retry_after <= policy.retry_after_max
+                continue
+            at_once = number == 0 and (attempt.status is None or attempt.retry_after == 0)
+            factor = 0.0 if at_once else policy.backoff_factor * 2**number
+            jitter = 0.0 if at_once else policy.backoff_jitter
+            assert min(policy.backoff_max, factor) <= attempt.waited <= min(policy.backoff_max, factor + jitter)
+    assert next(attempts, None) is None
+    waits = [attempt.waited for attempt in made.call.delivery.attempts if attempt.waited]
+    assert made.script.clock.waits == waits
 
 
 @given(calls)
-def test_only_the_first_try_may_be_shorter_than_a_second(example: Any) -> None:
+def test_only_the_first_try_of_a_hop_may_be_shorter_than_a_second(example: Any) -> None:
     policy, requests_timeout, tries, has_key = example
     made = make(policy, requests_timeout, tries, has_key=has_key)
-    if policy.deadline is not None:
-        for began in made.script.began[1:]:
-            assert policy.deadline - began >= SHORTEST_ATTEMPT - EPSILON
+    began = iter(made.script.began)
+    for hop in made.script.hops:
+        for _, at in list(zip(hop, began, strict=False))[1:]:
+            assert policy.deadline is None or policy.deadline - at >= SHORTEST_ATTEMPT - EPSILON
 
 
 @given(calls)
 def test_what_may_have_been_taken_is_tried_again_only_where_it_is_allowed(example: Any) -> None:
     policy, requests_timeout, tries, has_key = example
     made = make(policy, requests_timeout, tries, has_key=has_key)
-    for attempt in made.call.delivery.attempts[:-1]:
+    attempts = made.call.delivery.attempts
+    for attempt in attempts if made.is_busy else attempts[:-1]:
         assert attempt.verdict is not Verdict.DELIVERED
-        if attempt.verdict is Verdict.AMBIGUOUS and not has_key:
+        if attempt.error == "SSLError":
+            assert policy.other != 0
+        elif attempt.verdict is Verdict.AMBIGUOUS and not has_key:
             asked_for = policy.read if attempt.status is None else policy.status_forcelist
             assert asked_for is not UNSET
 
@@ -288,7 +348,7 @@ def test_an_answer_always_comes_through(example: Any) -> None:
     """Used-up retries lose neither the status line nor the rest."""
     policy, requests_timeout, tries, has_key = example
     made = make(policy, requests_timeout, tries, has_key=has_key)
-    fault = made.script.met[-1].fault
+    fault = made.script.present.fault
     if isinstance(fault, int):
         assert made.error is None
         assert made.answer.status == fault
