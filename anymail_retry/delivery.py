@@ -211,15 +211,18 @@ def current_delivery() -> Delivery | None:
 def deliver(backend: BaseEmailBackend, message: EmailMessage, delivery: Delivery) -> Outcome:
     """Send one message through any Django e-mail back end, once, and say what came of it.
 
-    Never raises for a send that failed: the exception is ``outcome.error``.
+    Never raises for a send that failed: the exception is ``outcome.error``. Sets ``message.retry_history``: every
+    :class:`~anymail_retry.verdict.Attempt` of this call.
     """
     own = getattr(backend, "deliver", None)
     if own is not None:
         outcome: Outcome = own(message, delivery)
-        return outcome
-    if isinstance(backend, AnymailBaseBackend):
-        return _deliver_by_plain_anymail(backend, message, delivery)
-    return _deliver_foreign(backend, message, delivery)
+    elif isinstance(backend, AnymailBaseBackend):
+        outcome = _deliver_by_plain_anymail(backend, message, delivery)
+    else:
+        outcome = _deliver_foreign(backend, message, delivery)
+    message.retry_history = outcome.attempts  # type: ignore[attr-defined]  # ours, documented
+    return outcome
 
 
 def conclude(backend: Any, message: EmailMessage, outcome: Outcome) -> bool:
@@ -253,10 +256,7 @@ def deliver_by_anymail(
     *,
     facts: type[EspFacts] | EspFacts = EspFacts,
 ) -> Outcome:
-    """Send through an Anymail back end, by its ``_send``; see :func:`deliver`.
-
-    Sets ``message.retry_history``: every :class:`~anymail_retry.verdict.Attempt` of this call.
-    """
+    """Send through an Anymail back end, by its ``_send``; see :func:`deliver`."""
     began = datetime.now(timezone.utc)
     error: Exception | None = None
     sent: bool = False
@@ -271,7 +271,6 @@ def deliver_by_anymail(
         finally:
             if opened:
                 backend.close()
-    message.retry_history = tuple(delivery.attempts)  # type: ignore[attr-defined]  # ours, documented
     if error is None and not sent:
         return Outcome(None, "cancelled")
     status = getattr(message, "anymail_status", None)

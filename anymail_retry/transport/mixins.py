@@ -13,7 +13,7 @@ from anymail.utils import parse_address_list
 
 from .. import conf, idempotency
 from ..conf import Unset
-from ..delivery import Delivery, conclude, current_delivery, deliver_by_anymail
+from ..delivery import Delivery, conclude, current_delivery, deliver, deliver_by_anymail
 from ..verdict import Answer, EspFacts, Outcome, causes
 from .adapter import RetryAdapter
 from .breaker import Breaker, breaker
@@ -49,14 +49,11 @@ class DeliveryMixin(EspFacts, _Base):
             )
 
     def deliver(self, message: EmailMessage, delivery: Delivery) -> Outcome:
-        """Send one message, and say what came of it. Never raises for a send that failed.
-
-        Sets ``message.retry_history``: every :class:`~anymail_retry.verdict.Attempt` of this call.
-        """
+        """Send one message, and say what came of it. Never raises for a send that failed."""
         return deliver_by_anymail(self, super()._send, message, delivery, facts=self)
 
     def _send(self, message: EmailMessage) -> bool:
-        return conclude(self, message, self.deliver(message, Delivery()))
+        return conclude(self, message, deliver(self, message, Delivery()))
 
     def default_deadline(self) -> float | None:
         """Seconds that one send may take where the user did not say; None: no limit."""
