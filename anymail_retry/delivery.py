@@ -290,7 +290,8 @@ def deliver_by_anymail(
 
 def secrets_of(backend: Any) -> list[str]:
     """What rows and logs must not quote of a back end."""
-    values = [vars(backend).get(name) for name in SECRETS]
+    options = getattr(backend, "__dict__", {})  # of somebody else's too, whose properties are not to be run
+    values = [options.get(name) for name in SECRETS]
     return [value for value in values if isinstance(value, str) and value]
 
 
