@@ -58,6 +58,11 @@ def new_key() -> str:
     return str(uuid.UUID(bytes=os.urandom(16), version=4))
 
 
+def utc_now() -> datetime:
+    """This host's time."""
+    return datetime.now(timezone.utc)
+
+
 class Circuit(Protocol):
     """What a delivery needs to know of a circuit breaker."""
 
@@ -87,6 +92,8 @@ class Delivery:
     #: What a SHA-256 may look like in ``body_digest``, first as it is written now; None: as it is. Whoever encrypts
     #: what is stored gives this.
     digest_forms: Callable[[str], tuple[str, ...]] | None = field(default=None, repr=False, compare=False)
+    #: What its times go by. The queue brings the database's clock, which all hosts share.
+    now: Callable[[], datetime] = field(default=utc_now, repr=False, compare=False)
     #: The message is as ``pre_send`` left it: do not fire ``pre_send`` again.
     pre_send_done: bool = False
     #: Every attempt of the present call.
@@ -115,7 +122,7 @@ class Delivery:
         """Seconds since when the ESP may know the key; 0 if it cannot."""
         if self.key_used_since is None:
             return 0.0
-        return ((now or datetime.now(timezone.utc)) - self.key_used_since).total_seconds()
+        return ((now or self.now()) - self.key_used_since).total_seconds()
 
     def is_protected(self, window: float | None, now: datetime | None = None) -> bool:
         """Whether sending it once more cannot make it arrive twice: the key is live, and whatever may have been taken
@@ -257,7 +264,7 @@ def deliver_by_anymail(
     facts: type[EspFacts] | EspFacts = EspFacts,
 ) -> Outcome:
     """Send through an Anymail back end, by its ``_send``; see :func:`deliver`."""
-    began = datetime.now(timezone.utc)
+    began = delivery.now()
     error: Exception | None = None
     sent: bool = False
     opened = False
@@ -312,7 +319,7 @@ def _deliver_foreign(backend: BaseEmailBackend, message: EmailMessage, delivery:
     ``open()`` is called here, because a failure before the connection stands is the one phase that can be told
     apart; and the connection is closed after any failure, because Django's SMTP back end stays broken otherwise.
     """
-    began = datetime.now(timezone.utc)
+    began = delivery.now()
     opened = False
     error: Exception | None = None
     sent: Any = None

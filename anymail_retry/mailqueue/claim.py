@@ -461,6 +461,7 @@ class Claimer:
                     maybe_taken_since=taken,
                     key_used_since=used,
                     body_digest=digest,
+                    now=self.clock.from_any_thread,
                     pre_send_done=origin == Origin.FALLBACK,
                 ),
                 size=size,

@@ -86,6 +86,10 @@ class DatabaseClock:
         assert self._epoch is not None
         return self._epoch + timedelta(seconds=moment)
 
+    def from_any_thread(self) -> datetime:
+        """The database's time, by the last answer. Asks nobody, as only the thread that made this object may."""
+        return self.at(self.steady())
+
     def moment(self, time: datetime) -> float:
         """The moment of the steady clock at which the database's clock shows this time."""
         return (time - self.at(0.0)).total_seconds()

@@ -180,6 +180,9 @@ class Options:
             delivery = Delivery()
             if self.idempotency_key is not None:
                 delivery.key, delivery.key_from_user = str(self.idempotency_key), True  # a UUID is as good
+        # A direct send's times go by this host's clock; workers compare them with the database's.
+        skew = now - delivery.now()
+        skew = skew if abs(skew) > MARGIN else timedelta(0)
         not_before = _moment("not_before", self.not_before, now)
         expires_at = _moment("expires_at", self.expires_at, now)
         row = QueuedMessage(
@@ -195,8 +198,8 @@ class Options:
             attachment_count=len(packed.bodies),
             key=delivery.key,
             key_from_user=delivery.key_from_user,
-            maybe_taken_since=delivery.maybe_taken_since,
-            key_used_since=delivery.key_used_since,
+            maybe_taken_since=delivery.maybe_taken_since and delivery.maybe_taken_since + skew,
+            key_used_since=delivery.key_used_since and delivery.key_used_since + skew,
             body_digest=_body_digest(delivery, encrypting),
             subject=_summary(str(message.subject)) if encrypting is None else SUBJECT,
             recipients=_summary(", ".join(map(str, message.recipients()))),

@@ -58,7 +58,6 @@ class Fallback:
         forget_earlier_send(message)
         delivery = Delivery()
         outcome = deliver(backend, message, delivery)
-        message.retry_history = outcome.attempts  # type: ignore[attr-defined]  # ours, documented
         wrong_key_in_development = settings.DEBUG and outcome.http_status == 401
         if outcome.error is None or not outcome.may_be_queued or wrong_key_in_development:
             return conclude(backend, message, outcome)

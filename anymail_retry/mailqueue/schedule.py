@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from .. import conf
-from ..delivery import Delivery
+from ..delivery import KEY_MARGIN, Delivery
 from ..verdict import Outcome, Verdict
 from .states import OnAmbiguous, State
 
@@ -169,5 +169,5 @@ def _while_key_lives(delay: float, delivery: Delivery, policy: Policy, now: date
     since = delivery.key_used_since
     if policy.key_window is None or since is None:
         return delay
-    left = policy.key_window - (now - since).total_seconds()
+    left = policy.key_window - KEY_MARGIN - (now - since).total_seconds()
     return min(delay, left / 3) if left > 0 else delay

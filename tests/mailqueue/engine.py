@@ -85,7 +85,7 @@ class Script:
             self.sends.append(send)
         outcome = self.behaviour(message, delivery)
         if outcome.verdict is Verdict.AMBIGUOUS:
-            delivery.remember(datetime.now(timezone.utc))
+            delivery.remember(delivery.now())
         return outcome
 
     @property

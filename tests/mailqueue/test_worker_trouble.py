@@ -14,6 +14,7 @@ from django.db import connection, connections
 from django.db.backends.signals import connection_created
 
 from anymail_retry.delivery import Delivery
+from anymail_retry.mailqueue import enqueue as enqueueing
 from anymail_retry.mailqueue import gate, schedule
 from anymail_retry.mailqueue.claim import Claimer, Wanted
 from anymail_retry.mailqueue.clock import DatabaseClock
@@ -25,8 +26,10 @@ from anymail_retry.models import Attempt, MailerState, QueuedMessage
 from anymail_retry.signals import message_failed, message_sent
 
 from .engine import (
+    AMBIGUOUS,
     BLOCKED,
     DELIVERED,
+    KEYED,
     PATIENCE,
     PERMANENT,
     PLAIN,
@@ -476,3 +479,49 @@ def test_a_worker_that_hangs_ends_its_command(script: Script, impatient: None) -
     finally:
         stall.go.set()
     assert caught.value.returncode == 75
+
+
+# --- clocks ---
+
+
+def behind(seconds: float) -> DatabaseClock:
+    """The clock of a database, on a host whose own is that much ahead."""
+    return DatabaseClock("default", read=lambda alias: past(seconds))
+
+
+def test_when_a_message_may_have_been_taken_is_told_by_the_databases_clock(script: Script) -> None:
+    """The worker that compares it with a key's window may be another host's."""
+    script.behaviour = lambda message, delivery: AMBIGUOUS
+    (row,) = queue(mailer=KEYED)
+    change(row, due_at=past(1000))
+    Worker(clock=behind(120), limit=1).drain()
+    row.refresh_from_db()
+    assert row.maybe_taken_since is not None
+    assert past(130) < row.maybe_taken_since < past(110)
+    assert row.key_used_since == row.maybe_taken_since
+
+
+def test_whether_a_key_lives_is_told_by_the_databases_clock(script: Script) -> None:
+    """By its own, a host that is ahead would take it for dead, and send under a new one."""
+    live: list[bool] = []
+
+    def send(message: Any, delivery: Delivery) -> Any:
+        live.append(delivery.key_is_live(60.0))
+        return DELIVERED
+
+    script.behaviour = send
+    (row,) = queue(mailer=KEYED)
+    since = past(120 + 20)
+    change(row, state="deferred", due_at=past(1000), maybe_taken_since=since, key_used_since=since)
+    Worker(clock=behind(120), limit=1).drain()
+    assert live == [True]
+
+
+def test_a_direct_sends_times_are_stored_by_the_databases_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enqueueing, "clock_of", lambda alias: behind(120))
+    now = past(0)
+    delivery = Delivery(maybe_taken_since=now, key_used_since=now)
+    (row,) = enqueue([mail()], mailer=KEYED, origin="fallback", delivery=delivery, outcome=AMBIGUOUS)
+    assert row.maybe_taken_since is not None
+    assert abs(row.maybe_taken_since - past(120)) < timedelta(seconds=10)
+    assert row.key_used_since == row.maybe_taken_since
