@@ -10,19 +10,21 @@ Lost is the time beyond 50 ms that each send kept the worker waiting, the probes
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.pop(0)  # this folder, whose queue.py would hide the standard library's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, installed or not
+
 import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import types
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, installed or not
 
 from anymail_retry.testing import LocalEsp, SpawnedEsp
 

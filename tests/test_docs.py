@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from textwrap import indent
@@ -200,3 +203,17 @@ def test_demo_table_of_the_readme_is_the_demos(monkeypatch: pytest.MonkeyPatch) 
 
     (head,) = (line for line in README.splitlines() if line.strip().startswith("phase  "))
     assert tuple(re.split(r"  +", head.strip())) == report.HEAD
+
+
+# --- benchmarks ---
+
+SCRIPTS = [path for path in sorted((CHECKOUT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", [pytest.param(path, id=path.name) for path in SCRIPTS])
+def test_a_benchmark_finds_the_standard_librarys_queue(script: Path) -> None:
+    """Python looks into a script's own folder first, and there is one of that name."""
+    as_a_script = f"sys.path[0] = {str(script.parent)!r}; runpy.run_path({str(script)!r})"
+    code = f"import runpy, sys; {as_a_script}; import queue; queue.SimpleQueue"
+    path = os.pathsep.join(folder for folder in sys.path if folder)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
