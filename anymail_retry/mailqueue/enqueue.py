@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from django.db import connections, transaction
 from django.utils import timezone
@@ -334,11 +334,10 @@ def _announce(rows: Sequence[QueuedMessage], outcome: Outcome | None) -> None:
 
 
 def _log(row: QueuedMessage, outcome: Outcome | None, *, inside: bool) -> None:
-    details: tuple[Any, ...] = (row.mailer, row.pk, row.verdict, row.reason, row.http_status)
+    details = ", ".join(str(detail) for detail in (row.verdict, row.reason, row.http_status) if detail)
     where = ", inside a transaction: kept only if that is committed" if inside else ""
     if outcome is None:
         logger.info("%s: message %s queued%s", row.mailer, row.pk, where)
-    elif row.state == State.HELD:
-        logger.warning("%s: message %s held after a failed send: %s (%s, %s)%s", *details, where)
     else:
-        logger.warning("%s: message %s queued after a failed send: %s (%s, %s)%s", *details, where)
+        state = "held" if row.state == State.HELD else "queued"
+        logger.warning("%s: message %s %s after a failed send (%s)%s", row.mailer, row.pk, state, details, where)

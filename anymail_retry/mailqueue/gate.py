@@ -77,24 +77,25 @@ def proves_nothing(outcome: Outcome | None) -> bool:
     return not any(attempt.phase is Phase.ANSWERED for attempt in outcome.attempts)
 
 
-def pause(alias: str, mailer: str, why: Block, *, by: int, now: datetime) -> bool:
-    """Pause a mailer that is running.
+def ends_pause(outcome: Outcome | None) -> bool:
+    """Whether a probe with this outcome ends the pause."""
+    return outcome is not None and block(outcome) is None and not proves_nothing(outcome)
 
-    False: it was paused already, or this message caused the last pause, which others ended: then the trouble is its
-    own, and no reason to keep the others waiting again and again.
+
+def pause(alias: str, mailer: str, why: Block, *, by: int, now: datetime) -> datetime | None:
+    """Pause a mailer that is running. Until when.
+
+    None: it was paused already, or this message caused the last pause, which others ended: then the trouble is its own,
+    and no reason to keep the others waiting again and again.
     """
     ensure(alias, mailer)
     seconds = min(why.seconds, FIRST_PAUSE) if why.seconds else FIRST_PAUSE
-    return bool(
-        MailerState.objects.using(alias)
-        .filter(Q(paused_by=None) | ~Q(paused_by=by), alias=mailer, paused_until=None)
-        .update(
-            paused_until=now + timedelta(seconds=seconds),
-            pause_reason=why.reason,
-            pause_seconds=math.ceil(seconds),
-            paused_by=by,
-        )
+    until = now + timedelta(seconds=seconds)
+    running = MailerState.objects.using(alias).filter(
+        Q(paused_by=None) | ~Q(paused_by=by), alias=mailer, paused_until=None
     )
+    paused = running.update(paused_until=until, pause_reason=why.reason, pause_seconds=math.ceil(seconds), paused_by=by)
+    return until if paused else None
 
 
 def begin_probe(alias: str, state: MailerState, *, now: datetime, lease: float) -> datetime | None:

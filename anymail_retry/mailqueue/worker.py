@@ -362,8 +362,9 @@ class Worker:
             if job.probe is not None:
                 self._end_probe(job, outcome)
             elif why is not None:
-                if gate.pause(self.alias, job.mailer, why, by=job.id, now=self.clock.now()):
-                    logger.error("%s pauses: %s", job.mailer, why.reason)
+                until = gate.pause(self.alias, job.mailer, why, by=job.id, now=self.clock.now())
+                if until is not None:
+                    logger.error("%s pauses until %s UTC: %s", job.mailer, f"{until:%H:%M:%S}", why.reason)
                 self._lanes.forget_states()
                 self._lanes.refresh()
                 if self._lanes.is_paused(self._lanes[job.mailer]):
@@ -379,7 +380,10 @@ class Worker:
             and job.probe is not None
             and gate.end_probe(self.alias, lane.state, job.probe, outcome, by=job.id, now=self.clock.now())
         ):
-            logger.info("%s: probe with message %s: %s", job.mailer, job.id, outcome.verdict if outcome else None)
+            if gate.ends_pause(outcome):
+                logger.warning("%s works again: its pause is over", job.mailer)
+            else:
+                logger.info("%s: probe with message %s: %s", job.mailer, job.id, outcome.verdict if outcome else None)
         lane.empty, lane.poll_at = False, 0.0  # there may be mail that waited for this
         self._lanes.forget_states()
 

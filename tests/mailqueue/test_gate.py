@@ -46,7 +46,7 @@ def state() -> MailerState:
 def pause(outcome: Outcome = BLOCKED, *, by: int = 1, now: datetime = NOW) -> bool:
     why = gate.block(outcome)
     assert why is not None
-    return gate.pause("default", PLAIN, why, by=by, now=now)
+    return gate.pause("default", PLAIN, why, by=by, now=now) is not None
 
 
 def probe(outcome: Outcome | None, *, by: int) -> MailerState:

@@ -240,7 +240,7 @@ def test_receivers_hear_though_the_connection_broke_after_the_results_were_writt
 def test_a_mailer_pauses_though_the_connection_broke(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     pause, breaks = gate.pause, iter([True])
 
-    def broken(*args: Any, **kwargs: Any) -> bool:
+    def broken(*args: Any, **kwargs: Any) -> datetime | None:
         if next(breaks, False):
             break_connection()
         return pause(*args, **kwargs)
@@ -525,3 +525,21 @@ def test_a_direct_sends_times_are_stored_by_the_databases_clock(monkeypatch: pyt
     assert row.maybe_taken_since is not None
     assert abs(row.maybe_taken_since - past(120)) < timedelta(seconds=10)
     assert row.key_used_since == row.maybe_taken_since
+
+
+# --- what the log says ---
+
+
+def test_the_log_says_until_when_a_mailer_pauses_and_when_that_is_over(
+    script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    script.by_subject({"blocked": BLOCKED})
+    queue("blocked")
+    drain()
+    state = MailerState.objects.get()
+    assert state.paused_until is not None
+    assert f"{PLAIN} pauses until {state.paused_until:%H:%M:%S} UTC: blocked (bad key): Invalid API key" in caplog.text
+    queue("good")
+    MailerState.objects.update(paused_until=past(1))
+    drain()
+    assert f"{PLAIN} works again: its pause is over" in caplog.text
