@@ -41,7 +41,6 @@ from . import conf
 from .backends import BACKENDS
 from .mailqueue import encryption
 from .mailqueue.fallback import FallbackQueueMixin
-from .mailqueue.mailers import DEFAULT_BACKEND
 from .mailqueue.wrapping import WrappingBackend
 from .verdict import EspFacts
 
@@ -189,8 +188,7 @@ def _configured() -> Iterator[_Mailer]:
         return
     mailers = []
     for alias, entry in configured.items():
-        path = entry.get("BACKEND", DEFAULT_BACKEND)
-        mailers.append(_Mailer(f"MAILERS[{alias!r}]", alias, path, _class(path), entry.get("OPTIONS", {})))
+        mailers.append(_Mailer(f"MAILERS[{alias!r}]", alias, entry.path, _class(entry.path), entry.options))
     aliases_behind = {mailer.options.get("using") for mailer in mailers if mailer.wrapper is not None}
     yield from (mailer._replace(is_behind=mailer.alias in aliases_behind) for mailer in mailers)
 

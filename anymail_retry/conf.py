@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import django
 from django.apps import apps
@@ -342,10 +342,27 @@ def own_keywords(kwargs: Mapping[str, Any]) -> set[str]:
     return set(kwargs) - {"alias", "_ignore_unknown_kwargs"}
 
 
-def mailers() -> Mapping[str, Mapping[str, Any]] | None:
+#: Django's own, for an entry of ``MAILERS`` without BACKEND.
+DEFAULT_BACKEND: Final = "django.core.mail.backends.smtp.EmailBackend"
+
+
+class MailerEntry(NamedTuple):
+    """One entry of ``MAILERS``."""
+
+    #: The back end's dotted path.
+    path: str
+    options: Mapping[str, Any]
+
+
+def mailers() -> dict[str, MailerEntry] | None:
     """``MAILERS``; None where Django does not read it, or it is not there."""
-    configured: Mapping[str, Mapping[str, Any]] | None = getattr(settings, "MAILERS", None)
-    return configured if django.VERSION >= (6, 1) else None
+    configured = getattr(settings, "MAILERS", None) if django.VERSION >= (6, 1) else None
+    if configured is None:
+        return None
+    return {
+        alias: MailerEntry(entry.get("BACKEND", DEFAULT_BACKEND), entry.get("OPTIONS", {}))
+        for alias, entry in configured.items()
+    }
 
 
 def email_backend() -> str:

@@ -459,7 +459,8 @@ def test_email_backend_is_read_without_djangos_warning(settings: SettingsWrapper
 
 
 def test_mailers_are_read_where_django_reads_them(settings: SettingsWrapper) -> None:
-    settings.MAILERS = {"default": {"BACKEND": MANDRILL}}
-    assert conf.mailers() == (settings.MAILERS if django.VERSION >= (6, 1) else None)
+    settings.MAILERS = {"default": {"BACKEND": MANDRILL, "OPTIONS": {"api_key": "k"}}, "smtp": {}}
+    expected = {"default": (MANDRILL, {"api_key": "k"}), "smtp": (conf.DEFAULT_BACKEND, {})}
+    assert conf.mailers() == (expected if django.VERSION >= (6, 1) else None)
     del settings.MAILERS
     assert conf.mailers() is None

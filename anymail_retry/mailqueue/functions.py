@@ -19,7 +19,7 @@ from .. import conf
 from ..exceptions import MessageNotQueueable
 from ..log import get_logger
 from .fallback import OWN_OPTIONS, mailer_name, why_not_stored
-from .mailers import DEFAULT_BACKEND, canonical
+from .mailers import canonical
 from .wrapping import WrappingBackend, behind
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def default_mailer(using: str | None = None) -> str:
 
             raise MailerDoesNotExist(alias=alias)
         entry = configured[alias]
-        return sending(entry.get("BACKEND", DEFAULT_BACKEND), alias, entry.get("OPTIONS", {}).get("using"))
+        return sending(entry.path, alias, entry.options.get("using"))
     if using not in (None, "default"):
         raise ImproperlyConfigured(f"There is no mailer {using!r}, because these settings have no MAILERS.")
     return sending(conf.get("QUEUE_BACKEND") or conf.email_backend())

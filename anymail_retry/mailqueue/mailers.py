@@ -15,9 +15,6 @@ from django.utils.module_loading import import_string
 from .. import conf
 from .schedule import Policy
 
-#: Django's own, for an entry of MAILERS without BACKEND.
-DEFAULT_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
-
 
 class MailerGone(LookupError):
     """No mailer has this name any more. The text says what to add."""
@@ -110,7 +107,7 @@ def find(name: str) -> Mailer:
     then = "; then: manage.py retry_deferred --held"
     alias: str | None
     if configured is not None and name in configured:
-        alias, path = name, configured[name].get("BACKEND", DEFAULT_BACKEND)
+        alias, path = name, configured[name].path
     elif "." in name:
         alias, path = None, name
     else:
@@ -121,12 +118,12 @@ def find(name: str) -> Mailer:
     except ImportError as error:
         raise MailerGone(f"mailer {name!r} is gone ({error}): bring {path} back{then}") from error
     if configured is not None and alias is None:
-        aliases = [other for other, entry in configured.items() if _is_of(entry, backend_class)]
+        aliases = [other for other, entry in configured.items() if _leads_to(entry.path, backend_class)]
         if len(aliases) > 1:
             several = ", ".join(map(repr, aliases))
             raise MailerGone(f"{name!r} may be any of {several}: give MAILERS an entry of this very name{then}")
         alias = aliases[0] if aliases else None
-    options = configured[alias].get("OPTIONS", {}) if configured is not None and alias is not None else {}
+    options = configured[alias].options if configured is not None and alias is not None else {}
     behind = getattr(backend_class, "behind", None)
     if behind is not None:
         # It was a mailer of its own when the row was written; now it stands before another and would only store.
@@ -134,9 +131,8 @@ def find(name: str) -> Mailer:
     return Mailer(alias or canonical(name), backend_class, options, alias)
 
 
-def _is_of(entry: Mapping[str, Any], backend_class: Any) -> bool:
-    """Whether this entry of ``MAILERS`` has this back end."""
+def _leads_to(path: str, backend_class: Any) -> bool:
     try:
-        return import_string(entry.get("BACKEND", DEFAULT_BACKEND)) is backend_class
+        return import_string(path) is backend_class
     except ImportError:
         return False

@@ -12,7 +12,7 @@ from django.utils.module_loading import import_string
 
 from .. import conf
 from .fallback import options_of_its_own
-from .mailers import DEFAULT_BACKEND, canonical, make, path_of
+from .mailers import canonical, make, path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,9 +62,9 @@ class WrappingBackend(BaseEmailBackend):
             return mailers[self.mailer]
         entry = configured[self.mailer]
         return make(
-            import_string(entry.get("BACKEND", DEFAULT_BACKEND)),
+            import_string(entry.path),
             # As Django's get_connection(**options) does it: those that the back end does not know are passed over.
-            {**entry.get("OPTIONS", {}), **options, "alias": self.mailer, "_ignore_unknown_kwargs": set(options)},
+            {**entry.options, **options, "alias": self.mailer, "_ignore_unknown_kwargs": set(options)},
         )
 
     @classmethod
@@ -96,7 +96,7 @@ def behind(cls: type[WrappingBackend], alias: str | None, using: str | None) -> 
         where, backend_path = name, mailer
         if mailer is None:
             raise ImproperlyConfigured(
-                f'{path} needs a back end to send through. Write, for example: {name} = "{DEFAULT_BACKEND}"'
+                f'{path} needs a back end to send through. Write, for example: {name} = "{conf.DEFAULT_BACKEND}"'
             )
     else:
         mailer, where = using, '"using"'
@@ -111,7 +111,7 @@ def behind(cls: type[WrappingBackend], alias: str | None, using: str | None) -> 
             raise ImproperlyConfigured(
                 f'{mailer!r}, in "using", is no alias in MAILERS. Its aliases are: {", ".join(configured)}.'
             )
-        backend_path = configured[mailer].get("BACKEND", DEFAULT_BACKEND)
+        backend_path = configured[mailer].path
     try:
         backend = import_string(backend_path)
     except ImportError as error:
