@@ -84,10 +84,23 @@ def test_listing_mailers_looks_each_up_in_the_index(plans: Claimer) -> None:
     assert not any(word in plan for word in ("Sort", "TEMP B-TREE", "filesort"))
 
 
-def test_plans_are_of_the_real_queries(plans: Claimer) -> None:
-    with statements() as found:
-        plans._read(PLAIN, 2, future(-1), 10, (), False)
-    assert len(found) == 1
-    (explained,) = (str(plans.due(PLAIN, 2, future(-1))[:10].query),)
-    assert "ORDER BY" in found[0]
-    assert found[0].count("ORDER BY") == explained.count("ORDER BY") == 1
+@pytest.mark.parametrize("with_floor", [False, True])
+def test_plans_are_of_the_real_queries(plans: Claimer, with_floor: bool) -> None:
+    if with_floor:
+        plans._floors[PLAIN, 2] = past(4000)
+    now = future(-1)
+    explained = plans.due(PLAIN, 2, now)[:10]
+    with statements() as of_the_plan:
+        list(explained)
+    with statements() as of_the_claim:
+        plans._read(PLAIN, 2, now, 10, (), False)
+    assert of_the_claim == of_the_plan
+    assert len(of_the_claim) == 1
+    if connection.features.has_select_for_update_skip_locked:
+        plans._floors = {(PLAIN, 2): past(4000)} if with_floor else {}
+        explained = plans.due(PLAIN, 2, now)[:10]
+        with statements() as of_the_plan:
+            list(explained)
+        with statements() as of_the_claim:
+            plans._read(PLAIN, 2, now, 10, (), True)
+        assert of_the_claim == [f"{sql} FOR UPDATE SKIP LOCKED" for sql in of_the_plan]

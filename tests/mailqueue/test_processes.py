@@ -19,7 +19,7 @@ from django.db import connection
 from anymail_retry.mailqueue.claim import Claimer, Wanted
 from anymail_retry.mailqueue.clock import DatabaseClock
 from anymail_retry.mailqueue.enqueue import enqueue
-from anymail_retry.mailqueue.schedule import Policy
+from anymail_retry.mailqueue.schedule import LOST_TOO_OFTEN, Policy
 from anymail_retry.mailqueue.watchdog import Watchdog
 from anymail_retry.mailqueue.worker import Worker
 from anymail_retry.models import QueuedMessage
@@ -52,6 +52,10 @@ def until(condition: Callable[[], bool], patience: float = 2 * PATIENCE) -> None
 
 def sent() -> int:
     return QueuedMessage.objects.filter(state="sent").count()
+
+
+def held_as_deadly() -> int:
+    return QueuedMessage.objects.filter(state="held", reason=LOST_TOO_OFTEN).count()
 
 
 class Fleet:
@@ -170,10 +174,11 @@ def test_killed_workers_lose_nothing(fleet: Callable[..., Fleet], esp: str) -> N
         workers[victim].communicate()
         workers[victim] = site.start("runmailer", "-v0")
         kills += 1
-    until(lambda: sent() == len(markers))
+    until(lambda: sent() + held_as_deadly() == len(markers))
     for worker in workers:
         stop(worker)
     assert kills >= 3
+    assert held_as_deadly() == 0  # they died of something else, each time with other messages
     assert site.esp.ledger.lost(markers) == []
     copies = sum(number - 1 for number in site.esp.ledger.duplicates().values())
     if esp == WITH_KEYS:
@@ -195,6 +200,7 @@ def test_process_that_slept_through_its_lease_begins_nothing(fleet: Callable[...
     end_leases()
     site.start("send_mail").communicate(timeout=2 * PATIENCE)
     assert sent() == 200
+    assert held_as_deadly() == 0
     time.sleep(6)  # the sleeper's own idea of its lease ends
     os.kill(sleeper.pid, signal.SIGCONT)
     time.sleep(1)

@@ -351,16 +351,24 @@ def test_every_attempt_gets_a_fresh_message(desk: Desk, script: Script) -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_receiver_may_use_the_orm_in_a_sender_thread(desk: Desk, script: Script) -> None:
-    used: list[Any] = []
+@pytest.mark.parametrize("max_age", [pytest.param(0, id="closed"), pytest.param(600, id="kept for the next send")])
+def test_receiver_may_use_the_orm_in_a_sender_thread(
+    desk: Desk, script: Script, monkeypatch: pytest.MonkeyPatch, max_age: int
+) -> None:
+    """Over a connection of the thread's own, which lives for as long as the settings say, as one of a request does."""
+    monkeypatch.setitem(connections.settings["default"], "CONN_MAX_AGE", max_age)
+    used: list[Any] = []  # the thread's connection, and what it found of its predecessor's
 
     def look(message: Any, delivery: Delivery) -> Outcome:
+        used.append((connections["default"], connections["default"].connection))
         QueuedMessage.objects.count()
-        used.append(connections["default"])
         return DELIVERED
 
     script.behaviour = look
     assert desk.send(job()) == [DELIVERED]
-    desk.send(job())
-    assert used[0] is not connection
-    assert used[0].connection is None or used[0].settings_dict["CONN_MAX_AGE"] != 0
+    assert desk.send(job()) == [DELIVERED]
+    (first, before_first), (second, before_second) = used
+    assert first is second is not connection
+    assert first.settings_dict["CONN_MAX_AGE"] == max_age
+    assert before_first is None
+    assert (before_second is not None) == (max_age > 0)
