@@ -318,8 +318,10 @@ class Claimer:
         if lock:
             due = due.select_for_update(skip_locked=True)
         candidates = [Candidate(*values) for values in due[: rows + len(without)]]
-        if candidates:
-            self._floors[mailer, priority] = candidates[0].due_at
+        # Not at what is left out: a worker whose own hung row is due would always have a floor to look before.
+        first = next((candidate for candidate in candidates if candidate.id not in without), None)
+        if first is not None:
+            self._floors[mailer, priority] = first.due_at
         return candidates
 
     def due(self, mailer: str, priority: int, now: datetime) -> Any:
