@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from anymail_retry.mailqueue.database import may_skip_locked
 from anymail_retry.mailqueue.schedule import Policy
 from anymail_retry.models import QueuedMessage
 
-from .engine import OTHER, PLAIN, change, end_leases, in_threads, mail, past, queue, statements
+from .engine import OTHER, PATIENCE, PLAIN, change, end_leases, future, in_threads, mail, past, queue, statements
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -270,6 +272,74 @@ def test_lapsed_rows_are_recovered_by_one_claimer_each() -> None:
     assert set(QueuedMessage.objects.filter(id__in=recovered).values_list("attempt_count", flat=True)) == {2}
 
 
+class Together(CompareAndSet):
+    """Reads its candidates, and waits for the others to have read theirs, before it takes them."""
+
+    def __init__(self, both_have_read: threading.Barrier) -> None:
+        super().__init__("default", DatabaseClock("default"), lease=60)
+        self.both_have_read = both_have_read
+        self.read: list[int] = []
+
+    def _choose(self, *args: Any, **kwargs: Any) -> Any:
+        chosen, left = super()._choose(*args, **kwargs)
+        self.read = [candidate.id for candidate in chosen]
+        self.both_have_read.wait(PATIENCE)
+        return chosen, left
+
+
+@pytest.mark.parametrize("kind", ["waits", "lapsed"])
+def test_row_that_two_have_read_is_taken_by_one(kind: str) -> None:
+    (row,) = queue()
+    if kind == "lapsed":
+        claim()
+        end_leases()
+    barrier = threading.Barrier(2)
+    both = [Together(barrier), Together(barrier)]
+    found = in_threads(*[partial(one.claim, PLAIN, ALL, Policy()) for one in both])
+    assert [one.read for one in both] == [[row.pk], [row.pk]]  # it was a race
+    ((job,),) = [one.jobs for one in found if one.jobs]
+    row.refresh_from_db()
+    assert (row.state, row.lease) == ("sending", job.lease)
+    assert (row.attempt_count, row.lost_count) == ((2, 1) if kind == "lapsed" else (1, 0))
+
+
+MEANWHILE: dict[str, tuple[str, dict[str, Any]]] = {
+    # What a candidate was when it was read, and what it has become when it is to be taken.
+    "another recovered it": ("lapsed", {"state": "sending", "lease": 1, "due_at": future}),
+    "its worker was late, and deferred it": ("lapsed", {"state": "deferred", "lease": None, "due_at": future}),
+    "its worker was late, and it is due again": ("lapsed", {"state": "deferred", "lease": None, "due_at": past}),
+    "its worker was late, and it was sent": ("lapsed", {"state": "sent", "lease": None, "due_at": None}),
+    "another took it": ("waits", {"state": "sending", "lease": 1, "due_at": future}),
+    "another took it and died": ("waits", {"state": "sending", "lease": 1, "due_at": past}),
+    "another tried it, and it waits again": ("waits", {"state": "deferred", "lease": None, "due_at": future}),
+    "it was held": ("waits", {"state": "held", "lease": None, "due_at": None}),
+}
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_row_that_changed_since_it_was_read_is_not_taken(meanwhile: str) -> None:
+    was, values = MEANWHILE[meanwhile]
+    became = {name: value() if callable(value) else value for name, value in values.items()}
+    (row,) = queue()
+    if was == "lapsed":
+        claim()
+        end_leases()
+        row.refresh_from_db()
+    before = (row.attempt_count, row.lost_count, row.maybe_taken_since)
+
+    class Slow(CompareAndSet):
+        def _choose(self, *args: Any, **kwargs: Any) -> Any:
+            chosen = super()._choose(*args, **kwargs)
+            change(row, **became)
+            return chosen
+
+    found = Slow("default", DatabaseClock("default"), lease=60).claim(PLAIN, ALL, Policy())
+    assert found == Claim([], found=1)
+    row.refresh_from_db()
+    assert {name: getattr(row, name) for name in became} == became
+    assert (row.attempt_count, row.lost_count, row.maybe_taken_since) == before
+
+
 REPEATABLE_READ = {
     "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ",
     "mysql": "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
@@ -277,9 +347,11 @@ REPEATABLE_READ = {
 
 
 def test_claims_under_repeatable_read_harm_no_web_request() -> None:
-    """Workers claim and settle while requests store mail: no deadlock, no lost row, none twice."""
+    """Workers claim and settle while requests store mail: no deadlock of a request's, no lost row, none twice."""
     if connection.vendor not in REPEATABLE_READ:
         pytest.skip("SQLite has no isolation levels")
+    are_stored = threading.Event()
+    done: list[int] = []
 
     def isolate() -> None:
         with connection.cursor() as cursor:
@@ -287,25 +359,43 @@ def test_claims_under_repeatable_read_harm_no_web_request() -> None:
 
     def store() -> list[int]:
         isolate()
-        return [row.pk for number in range(30) for row in queue(str(number))]
+        try:
+            return [row.pk for number in range(30) for row in queue(str(number))]  # any error of its own ends the test
+        finally:
+            done.append(1)
+            if len(done) == 3:
+                are_stored.set()
 
-    def take() -> list[int]:
+    def take() -> tuple[list[int], int, list[OperationalError]]:
+        """What was won, by how many claims, and the errors that the others met: the worker's own turn to try again."""
         isolate()
         mine = claimer(lease=600)
         taken: list[int] = []
-        for _ in range(40):
+        errors: list[OperationalError] = []
+        claims = 0
+        while len(errors) < 200:
+            may_be_the_last = are_stored.is_set()
             try:
-                taken += [job.id for job in mine.claim(PLAIN, Wanted(rows=5, size=10**9, at_once=5), Policy()).jobs]
-            except OperationalError:  # the worker's own turn to try again; never the request's
+                found = mine.claim(PLAIN, Wanted(rows=5, size=10**9, at_once=5), Policy())
+            except OperationalError as error:
+                errors.append(error)
                 mine = claimer(lease=600)
-        return taken
+                continue
+            taken += [job.id for job in found.jobs]
+            claims += bool(found.jobs)
+            if not found.found:
+                if may_be_the_last and not mine.has_floor(PLAIN):
+                    break
+                mine.forget_floors()
+        return taken, claims, errors
 
-    stored_and_taken = in_threads(*[store] * 3, *[take] * 4)
-    stored = [id_ for ids in stored_and_taken[:3] for id_ in ids]
-    taken = [id_ for ids in stored_and_taken[3:] for id_ in ids]
+    results: list[Any] = in_threads(*[store] * 3, *[take] * 4)
+    stored = [id_ for ids in results[:3] for id_ in ids]
+    taken = [id_ for ids, _, _ in results[3:] for id_ in ids]
     assert len(stored) == 90
     assert len(taken) == len(set(taken))
-    assert set(taken) <= set(stored)
+    assert set(taken) == set(stored)
+    assert sum(claims for _, claims, _ in results[3:]) >= 90 / 5
 
 
 def test_losing_every_row_does_not_look_like_an_empty_queue() -> None:

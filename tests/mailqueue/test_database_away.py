@@ -95,6 +95,8 @@ class Proxy(threading.Thread):
                 selector.register(one, selectors.EVENT_READ)
 
     def _forward(self, selector: selectors.BaseSelector, source: socket.socket) -> None:
+        if source.fileno() < 0:
+            return  # closed a moment ago, with its peer
         try:
             data = source.recv(65536)
             self.peers[source].sendall(data)
