@@ -5,11 +5,13 @@ A file of its own: its rows are there for all of its tests, which roll back.
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models import F
 
 from anymail_retry.mailqueue.claim import Claimer
 from anymail_retry.mailqueue.clock import DatabaseClock
@@ -63,6 +65,7 @@ def test_claim_reads_the_index_in_order_and_sorts_nothing(plans: Claimer, with_f
         plan = due.explain()
         assert "anymail_retry_claim" in plan
         assert "filesort" not in plan
+        assert " range " in plan  # by due_at too, and not all of a mailer's and a priority's
         return
     plan = due.explain()
     assert "anymail_retry_claim" in plan
@@ -75,6 +78,34 @@ def test_claim_reads_the_index_in_order_and_sorts_nothing(plans: Claimer, with_f
         assert "Index Cond" in plan
         condition = plan.split("Index Cond:")[1].splitlines()[0]
         assert all(column in condition for column in ("mailer", "priority", "due_at"))
+
+
+def test_floor_is_where_mariadb_begins_to_read(plans: Claimer) -> None:
+    """PostgreSQL is asked in test_beside_others.py. Here too what was sent stays in the index: for this transaction."""
+    if connection.vendor != "mysql":
+        pytest.skip("a query to MariaDB")
+    now = datetime.now(timezone.utc)
+    due = plans.rows.filter(mailer=PLAIN, priority=2, due_at__lte=now)
+    for _ in range(3):
+        due.update(due_at=F("due_at") + timedelta(microseconds=1))  # a place in the index that stays, each time
+    oldest = list(due.order_by("due_at").values_list("id", "due_at")[:1500])
+    plans.rows.filter(id__in=[id_ for id_, _ in oldest]).update(state="sent", due_at=None)
+    without = pages_read(plans, now)
+    plans._floors[PLAIN, 2] = oldest[-1][1]
+    with_floor = pages_read(plans, now)
+    assert without > 1500  # it looks for each dead entry's row in the table
+    assert with_floor < without / 3
+
+
+def pages_read(claimer: Claimer, now: datetime) -> int:
+    sql, params = claimer.due(PLAIN, 2, now)[:100].query.sql_with_params()
+    with connection.cursor() as cursor:
+        cursor.execute(f"ANALYZE FORMAT=JSON {sql}", params)
+        table = json.loads(cursor.fetchone()[0])["query_block"]["nested_loop"][0]["table"]
+    assert table["r_rows"] == 100
+    if "pages_accessed" not in table["r_engine_stats"]:
+        pytest.skip("this server does not say how many pages a query read")
+    return int(table["r_engine_stats"]["pages_accessed"])
 
 
 def test_listing_mailers_looks_each_up_in_the_index(plans: Claimer) -> None:
