@@ -49,7 +49,7 @@ _STACKLEVEL = 2 if sys.version_info >= (3, 11) else 3
 
 class _Logger(Adapter):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        if is_reporting():
+        if is_reporting() or not self.isEnabledFor(level):
             return
         with reporting():
             try:

@@ -127,9 +127,11 @@ ESP_SECRETS = {"Mandrill": ("key",)}
 def _check_secrets(message: EmailMessage, mailer: mailers.Mailer | None) -> None:
     """Anymail takes some accounts' keys per message (Postmark: ``esp_extra["server_token"]``)."""
     extra = getattr(message, "esp_extra", None)
+    if not isinstance(extra, Mapping):
+        return
     esp_name = getattr(mailer.backend_class, "esp_name", "") if mailer is not None else ""
     for name in (*SECRETS, *ESP_SECRETS.get(esp_name, ())):
-        if isinstance(extra, Mapping) and name in extra:
+        if name in extra:
             raise MessageNotQueueable(
                 f"{name!r} in esp_extra",
                 "secrets are not stored. Give that account an alias in MAILERS, or a subclass of the back end",
@@ -176,13 +178,14 @@ class Options:
         now: datetime,
         encrypting: Cipher | None,
     ) -> QueuedMessage:
+        skew = timedelta(0)
         if delivery is None:
             delivery = Delivery()
             if self.idempotency_key is not None:
                 delivery.key, delivery.key_from_user = str(self.idempotency_key), True  # a UUID is as good
-        # A direct send's times go by this host's clock; workers compare them with the database's.
-        skew = now - delivery.now()
-        skew = skew if abs(skew) > MARGIN else timedelta(0)
+        elif abs(now - delivery.now()) > MARGIN:
+            # A direct send's times go by this host's clock; workers compare them with the database's.
+            skew = now - delivery.now()
         not_before = _moment("not_before", self.not_before, now)
         expires_at = _moment("expires_at", self.expires_at, now)
         row = QueuedMessage(
@@ -277,7 +280,8 @@ def _insert(
         _insert_many(alias, rows)
         contents = [MessageContent(message=row, payload=one.payload) for row, one in zip(rows, packed, strict=True)]
         # A payload is JSON, whose quotation marks and backslashes MySQL's driver doubles.
-        sizes = [size_in_statement(content.payload) for content in contents]
+        size_of = size_in_statement if connections[alias].vendor == "mysql" else len
+        sizes = [size_of(content.payload) for content in contents]
         for chunk in chunks(contents, sizes, limit=_statement_limit(alias), count=INSERT_ROWS):
             MessageContent.objects.using(alias).bulk_create(chunk)
     attachments = [(row.pk, one.bodies) for row, one in zip(rows, packed, strict=True) if one.bodies]

@@ -220,7 +220,7 @@ def sending(path: str, alias: str | None = None, using: str | None = None) -> st
     backend = import_string(path)
     if isinstance(backend, type) and issubclass(backend, WrappingBackend):
         return behind(backend, alias, using)
-    return alias or canonical(path)
+    return alias or canonical(path, backend)
 
 
 def _mailer(using: str | None, connection: Any) -> str:

@@ -90,9 +90,12 @@ def path_of(backend: Any) -> str:
     return f"{backend.__module__}.{backend.__qualname__}"
 
 
-def canonical(path: str) -> str:
-    """The one name of a back end without an alias: where it is defined, by whichever name it was imported."""
-    name = path_of(import_string(path))
+def canonical(path: str, backend: Any = None) -> str:
+    """The one name of a back end without an alias: where it is defined, by whichever name it was imported.
+
+    :param backend: what the path leads to, if that is known.
+    """
+    name = path_of(backend or import_string(path))
     return path if "<locals>" in name else name
 
 
@@ -128,7 +131,7 @@ def find(name: str) -> Mailer:
     if behind is not None:
         # It was a mailer of its own when the row was written; now it stands before another and would only store.
         return find(behind(alias, options.get("using")))
-    return Mailer(alias or canonical(name), backend_class, options, alias)
+    return Mailer(alias or canonical(name, backend_class), backend_class, options, alias)
 
 
 def _leads_to(path: str, backend_class: Any) -> bool:

@@ -120,4 +120,4 @@ def behind(cls: type[WrappingBackend], alias: str | None, using: str | None) -> 
         raise ImproperlyConfigured(
             f"{where} names {mailer!r}, which sends nothing itself but stands before another. Name the one that sends."
         )
-    return mailer if configured is not None else canonical(mailer)
+    return mailer if configured is not None else canonical(mailer, backend)

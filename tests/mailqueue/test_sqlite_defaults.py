@@ -1,5 +1,5 @@
-"""SQLite as ``startproject`` leaves it: deferred transactions and a rollback journal. A check advises otherwise, and the
-queue keeps what it is given all the same."""
+"""SQLite as ``startproject`` leaves it: deferred transactions and a rollback journal. A check advises otherwise, and
+the queue keeps what it is given all the same."""
 
 from __future__ import annotations
 
