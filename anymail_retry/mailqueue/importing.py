@@ -24,7 +24,7 @@ from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured
 from django.db import DatabaseError, InterfaceError, OperationalError, connections, router, transaction
-from django.db.models import F, QuerySet
+from django.db.models import F, Prefetch, QuerySet, prefetch_related_objects
 from django.utils import timezone
 
 from .. import conf
@@ -255,6 +255,9 @@ class PostOffice(Source):
     def read(self, row: Any) -> Pending:
         if row.expires_at is not None and row.expires_at <= timezone.now():
             raise Left("expired")
+        for name in ("attachments", "template"):  # which post_office would ask a router for: of a replica, and late
+            related: Any = self.rows._meta.get_field(name).related_model
+            prefetch_related_objects([row], Prefetch(name, related._base_manager.using(self.alias)))
         return Pending(
             row.prepare_email_message(),
             self.mailer or self._target(row.backend_alias),

@@ -28,12 +28,15 @@ from anymail_retry.models import QueuedMessage
 from tests.sites import WAYS, Site
 
 from .observed import observe
+from .test_replica import replica
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from pytest_django.fixtures import SettingsWrapper
+
+__all__ = ["replica"]  # a fixture
 
 pytest.importorskip("mailer", reason="django-mailer is not installed")
 pytest.importorskip("post_office", reason="django-post-office is not installed")
@@ -433,3 +436,14 @@ def test_two_aliases_of_one_database_are_one(monkeypatch: pytest.MonkeyPatch) ->
     assert importing.is_same_database("default", "queue")
     monkeypatch.setitem(ours, "OPTIONS", {"options": "-c search_path=other"})
     assert not importing.is_same_database("default", "queue")
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "queue"])
+def test_a_replica_is_not_read(request: pytest.FixtureRequest) -> None:
+    """Nor does post_office on our behalf: a replica that is late has not got the attachments yet."""
+    mailer_row("from django-mailer")
+    post(subject="from post_office", attachments={"a.bin": ContentFile(b"\0\xff")})
+    request.getfixturevalue("replica")
+    run("--mailer", LOCMEM)
+    taken = dict(QueuedMessage.objects.using("default").values_list("subject", "attachment_count"))
+    assert taken == {"from django-mailer": 0, "from post_office": 1}
