@@ -278,6 +278,7 @@ class Worker:
         connection = connections[self.alias]
         if connection.in_atomic_block and connection.needs_rollback:
             return
+        self.in_database_since = self.steady()  # for the watchdog
         try:
             self._returned += self.inbox.remove()
             self._collect()
@@ -286,6 +287,8 @@ class Worker:
             self._give_back()
         except Exception as error:  # the first exception is the one to raise
             logger.error("rows cannot be given back: %s: %s", type(error).__name__, first_line(error))
+        finally:
+            self.in_database_since = None
 
     def _dismiss(self) -> None:
         self.inbox.close()

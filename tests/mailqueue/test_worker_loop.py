@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue as queues
 import threading
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -162,12 +163,22 @@ def test_worker_that_is_ended_writes_what_it_knows(script: Script) -> None:
 
     message_sent.connect(receiver)
     worker = Worker(threads=2)
+    watched: list[bool] = []
+    flush = worker._settler.flush
+
+    def noted(now: datetime) -> Any:
+        watched.append(worker.in_database_since is not None)
+        return flush(now)
+
+    worker._settler.flush = noted  # type: ignore[method-assign]  # watched, not replaced
     try:
         with pytest.raises(KeyboardInterrupt):
             worker.drain()
     finally:
         message_sent.disconnect(receiver)
     assert states() == {"1": "sent", "later": "sent"}
+    assert watched == [True, True]  # a database that hangs now must not keep the process
+    assert worker.in_database_since is None
 
 
 # --- leases ---
