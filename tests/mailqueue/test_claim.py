@@ -554,3 +554,33 @@ def test_skip_locked_is_used_only_under_read_committed() -> None:
         assert not may_skip_locked("default")
     finally:
         connection.close()
+
+
+def test_reading_attachments_leaves_no_cursor_open_outside_a_transaction() -> None:
+    """One that outlives its transaction (WITH HOLD) would be asked of another server behind a pooler."""
+    if connection.vendor != "postgresql":
+        pytest.skip("PostgreSQL alone has cursors of the server's")
+    from anymail_retry.mailqueue.enqueue import enqueue
+
+    message = mail()
+    message.attach("a.bin", b"1", "application/octet-stream")
+    enqueue([message], mailer=PLAIN, origin="queued")
+    cursors: list[list[bool]] = []
+
+    def look(execute: Any, sql: str, *args: Any) -> Any:
+        result = execute(sql, *args)
+        if "anymail_retry_attachmentbody" in sql:
+            cursors.append(open_cursors())
+        return result
+
+    with connection.execute_wrapper(look):
+        assert claim()[0].bodies == [b"1"]
+    assert cursors == [[False]]  # there is one while rows are read, and it ends with the transaction
+    assert open_cursors() == []
+
+
+def open_cursors() -> list[bool]:
+    """Of each that is open in this session, whether it outlives its transaction."""
+    with connection.connection.cursor() as cursor:  # the driver's, whose statements are not looked at
+        cursor.execute("SELECT is_holdable FROM pg_cursors WHERE name <> ''")
+        return [holds for (holds,) in cursor.fetchall()]
