@@ -130,6 +130,7 @@ def test_refuse_takes_the_esp_down(esp: LocalEsp, accepted: bool) -> None:
     port = esp.port
     esp.script(Refuse(accepted=accepted))
     with Client(esp) as client, Client(esp) as idle:
+        esp.wait_for(connections=2)  # the kernel resets what nobody has accepted yet
         ask(client)
         client.receive_reset()
         assert idle.receive() == b""
