@@ -7,7 +7,6 @@ that a machine lacks is skipped, and an error where ``CI`` is set.
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -25,8 +24,8 @@ DJANGOS = [
     for classifier in PYPROJECT["project"]["classifiers"]
     if classifier.startswith("Framework :: Django :: ")
 ]
-# Most tests wait for a server or a process, so a core serves two; files are kept together for what their tests share.
-PYTEST = ("pytest", "-n", str(2 * (os.cpu_count() or 2)), "--dist", "loadfile")
+# Files are kept together for what their tests share.
+PYTEST = ("pytest", "-n", "auto", "--dist", "loadfile")
 MAIN_PYTHON = "3.13"  # of the sessions that need one Python only
 
 # What CI runs of the matrix: each Django and each way of mail settings once. 5.2 is in "tests" and "minimum", the
