@@ -74,7 +74,7 @@ class Job:
     due_at: datetime
     #: When it expires, by the steady clock.
     expires_at_moment: float | None = None
-    #: It was expired when it was claimed: nothing is to be sent.
+    #: It had expired when its claim asked for admission, and has none: nothing is to be sent.
     claimed_expired: bool = False
     #: Its last worker died, or lost it, and may have begun to send it.
     recovered: bool = False
@@ -208,6 +208,8 @@ class _Won:
     moment: float
     policy: Policy
     prepare: Callable[[Sequence[Job]], None]
+    #: Those that no admission was asked for.
+    expired: Collection[int] = ()
 
 
 @dataclass
@@ -359,11 +361,13 @@ class Claimer:
         """Make them ours, as far as nobody else was faster; how many that were."""
         if not candidates:
             return 0
+        expired: set[int] = set()
         if admit is not None:
             now = self.clock.now()
-            expired = [candidate for candidate in candidates if is_expired(candidate.expires_at, now)]
-            live = [candidate for candidate in candidates if not is_expired(candidate.expires_at, now)]
-            candidates = expired + (live[: admit(len(live))] if live else [])
+            expired = {candidate.id for candidate in candidates if is_expired(candidate.expires_at, now)}
+            live = [candidate for candidate in candidates if candidate.id not in expired]
+            admitted = live[: admit(len(live))] if live else []
+            candidates = [*(candidate for candidate in candidates if candidate.id in expired), *admitted]
         waiting = [candidate.id for candidate in candidates if not candidate.is_lapsed]
         lapsed = [candidate.id for candidate in candidates if candidate.is_lapsed]
         lease = random.getrandbits(62) + 1  # tells claims apart, guards nothing secret
@@ -377,7 +381,7 @@ class Claimer:
             "attempt_count": F("attempt_count") + 1,
         }
         self._unfinished = _Won(
-            mailer, {candidate.id: candidate for candidate in candidates}, lease, moment, policy, prepare
+            mailer, {candidate.id: candidate for candidate in candidates}, lease, moment, policy, prepare, expired
         )
         won = 0
         if waiting:
@@ -472,7 +476,7 @@ class Claimer:
                 leased_until=won.moment + self.lease,
                 due_at=was.due_at,
                 expires_at_moment=None if expires is None else self.clock.moment(expires),
-                claimed_expired=is_expired(expires, self.clock.at(won.moment)),
+                claimed_expired=id_ in won.expired,
                 recovered=recovered,
                 recovered_from=was.claimed_at if recovered else None,
                 direct=DirectSend(created, verdict, reason, status, answer)

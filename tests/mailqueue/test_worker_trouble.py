@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -48,11 +48,25 @@ from .engine import (
 from .test_worker import Running, Stall, break_connection, claim_and_die, drain, running, until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_django.fixtures import SettingsWrapper
 
+T = TypeVar("T")
+
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("script")]
+
+
+def broken_once(function: Callable[..., T]) -> Callable[..., T]:
+    """A function, before whose first call the connection breaks."""
+    breaks = iter([True])
+
+    def broken(*args: Any, **kwargs: Any) -> T:
+        if next(breaks, False):
+            break_connection()
+        return function(*args, **kwargs)
+
+    return broken
 
 
 # --- deaths ---
@@ -220,14 +234,7 @@ def test_receivers_hear_though_the_connection_broke_after_the_results_were_writt
         heard.append(queued_message.subject)
 
     worker = Worker()
-    announce, breaks = worker._settler.announce, iter([True])
-
-    def broken(results: Any) -> Any:
-        if next(breaks, False):
-            break_connection()
-        return announce(results)
-
-    worker._settler.announce = broken  # type: ignore[method-assign]  # at a moment that the test can foresee
+    worker._settler.announce = broken_once(worker._settler.announce)  # type: ignore[method-assign]  # at a known moment
     queue("a", "b")
     message_failed.connect(receiver)
     try:
@@ -238,14 +245,7 @@ def test_receivers_hear_though_the_connection_broke_after_the_results_were_writt
 
 
 def test_a_mailer_pauses_though_the_connection_broke(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    pause, breaks = gate.pause, iter([True])
-
-    def broken(*args: Any, **kwargs: Any) -> datetime | None:
-        if next(breaks, False):
-            break_connection()
-        return pause(*args, **kwargs)
-
-    monkeypatch.setattr(gate, "pause", broken)  # at a moment that the test can foresee
+    monkeypatch.setattr(gate, "pause", broken_once(gate.pause))  # at a moment that the test can foresee
     script.behaviour = lambda message, delivery: BLOCKED
     queue("a")
     drain()
@@ -318,7 +318,7 @@ def test_a_probe_whose_claim_was_interrupted_ends_the_pause_all_the_same(script:
     queue(*map(str, range(5)))
     MailerState.objects.create(alias=PLAIN, paused_until=past(1), pause_seconds=60)
     worker = Worker(threads=2)
-    interrupt_loading(worker)
+    worker._claimer._load = broken_once(worker._claimer._load)  # type: ignore[method-assign]  # at a known moment
     assert worker.drain() == Totals(sent=5)
     assert MailerState.objects.get().paused_until is None
 
@@ -334,24 +334,12 @@ def test_slots_of_an_interrupted_claim_are_kept_to(script: Script, settings: Set
 
     script.behaviour = send
     worker = Worker(threads=5)
-    interrupt_loading(worker)
+    worker._claimer._load = broken_once(worker._claimer._load)  # type: ignore[method-assign]  # at a known moment
     assert worker.drain() == Totals(sent=2)
     next_slot = MailerState.objects.get().next_slot
     assert next_slot is not None
     slot = next_slot - timedelta(seconds=gate.SLOT_WIDTH / 5)
     assert max(began) >= slot - timedelta(seconds=0.02)  # what two readings of a clock may differ by
-
-
-def interrupt_loading(worker: Worker) -> None:
-    """Have the connection break between a claim and the loading of what it won, once."""
-    load, breaks = worker._claimer._load, iter([True])
-
-    def broken(won: Any) -> Any:
-        if next(breaks, False):
-            break_connection()
-        return load(won)
-
-    worker._claimer._load = broken  # type: ignore[method-assign]  # at a moment that the test can foresee
 
 
 # --- ends ---
