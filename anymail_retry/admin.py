@@ -387,7 +387,10 @@ class QueuedMessageAdmin(_ReadOnly, _ModelAdmin):
         (_("Content"), {"fields": ("preview",)}),
         (
             _("Internals"),
-            {"classes": ("collapse",), "fields": ("claimed", "on_ambiguous", "key_from_user")},
+            {
+                "classes": ("collapse",),
+                "fields": ("claimed", ("lost_count", "is_report"), "on_ambiguous", "key_from_user"),
+            },
         ),
     )
 
