@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import transaction
 from django.db.models import Case, CharField, F, Q, Value, When
@@ -133,8 +133,7 @@ def mailers_with_rows(alias: str) -> list[str]:
         names.append(name)
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A due row, as it was read and not yet won."""
 
     id: int
@@ -160,24 +159,12 @@ class Candidate:
 
     def may_be_held(self, policy: Policy, now: datetime) -> bool:
         """Whether its next ambiguous attempt would leave it to a person, so that it must be begun once claimed."""
+        if not policy.wants_hold(self.on_ambiguous):
+            return False
         delivery = Delivery("?", maybe_taken_since=self.maybe_taken_since, key_used_since=self.key_used_since)
         if self.is_lapsed and self.claimed_at is not None:
             delivery.remember(self.claimed_at)
         return policy.holds(self.on_ambiguous, delivery, now)
-
-
-CANDIDATE = (
-    "id",
-    "due_at",
-    "state",
-    "size",
-    "on_ambiguous",
-    "maybe_taken_since",
-    "key_used_since",
-    "claimed_at",
-    "expires_at",
-    "lost_count",
-)
 
 
 @dataclass(frozen=True)
@@ -319,7 +306,7 @@ class Claimer:
         due = self.due(mailer, priority, now)
         if lock:
             due = due.select_for_update(skip_locked=True)
-        candidates = [Candidate(*values) for values in due[: rows + len(without)]]
+        candidates = [Candidate._make(values) for values in due[: rows + len(without)]]
         # Not at what is left out: a worker whose own hung row is due would always have a floor to look before.
         first = next((candidate for candidate in candidates if candidate.id not in without), None)
         if first is not None:
@@ -333,7 +320,7 @@ class Claimer:
         if floor is not None:
             due = due.filter(due_at__gte=floor)
         # By due_at alone: with a second column a database would sort all rows of one bulk send.
-        return due.order_by("due_at").values_list(*CANDIDATE)
+        return due.order_by("due_at").values_list(*Candidate._fields)
 
     def _floor(self, mailer: str, priority: int) -> datetime | None:
         """Where to begin the scan: dead index entries before it (a snapshot held open elsewhere keeps them) cost

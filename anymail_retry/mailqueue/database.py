@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from django.db import Error, connections, router, transaction
-from django.db.models import Model
 
 from .. import conf
 
@@ -48,35 +47,6 @@ def _by_primary_key(execute: Callable[..., T], sql: str, *args: Any) -> T:
     """All our updates name their rows. MySQL would rather read a small table whole; under REPEATABLE READ it then
     waits for whoever has inserted a row and not committed, and has all others who insert wait for it."""
     return execute(UPDATE.sub(r"\1 FORCE INDEX (PRIMARY)", sql, count=1), *args)
-
-
-def delete(model: type[Model], alias: str, column: str, values: Collection[int], *, null: str | None = None) -> int:
-    """DELETE the rows that have one of these values, in one statement, without loading rows or looking for what
-    refers to them.
-
-    :param null: a column that has to be NULL besides.
-    """
-    if not values:
-        return 0
-    deleted: int
-    if connections[alias].vendor != "mysql":
-        rows: Any = model._base_manager.using(alias).filter(**{f"{column}__in": values})
-        if null is not None:
-            rows = rows.filter(**{f"{null}__isnull": True})
-        deleted = rows._raw_delete(alias)
-        return deleted
-    # With IN, MySQL reads a small table whole, and waits for whoever has inserted a row and not committed: a web
-    # request may take its time. Joined to the values it looks up each by itself.
-    quote = connections[alias].ops.quote_name
-    table = quote(model._meta.db_table)
-    wanted = " UNION ALL ".join(["SELECT %s AS id"] * len(values))
-    where = "" if null is None else f" WHERE {table}.{quote(null)} IS NULL"
-    field: Any = model._meta.get_field(column)
-    joined = f"{table} ON {table}.{quote(field.column)} = wanted.id"
-    with connections[alias].cursor() as cursor:
-        cursor.execute(f"DELETE {table} FROM ({wanted}) AS wanted STRAIGHT_JOIN {joined}{where}", list(values))
-        deleted = cursor.rowcount
-    return deleted
 
 
 def errors_of(alias: str) -> tuple[type[Exception], ...]:

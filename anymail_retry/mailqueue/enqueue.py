@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -22,9 +23,9 @@ from . import bodies, mailers, schedule
 from .clock import MARGIN, clock_of
 from .database import chunks, max_packet, queue_database, size_in_statement, storable
 from .encryption import SUBJECT, Cipher, cipher, stored_size
-from .inserts import insert, insert_by_columns
 from .schedule import Policy
 from .serialization import Packed, pack
+from .statements import insert, insert_many, tells_ids
 from .states import OnAmbiguous, Origin, Priority, State
 from .wakeup import wake
 
@@ -106,7 +107,7 @@ def enqueue(
         since = _moment("created_at", created_at, now)
         for row in rows:
             row.created_at = min(since or now, now)
-        with transaction.atomic(using=alias):
+        with transaction.atomic(using=alias) if _needs_transaction(alias, packed) else nullcontext():
             _insert(alias, rows, packed, now, encrypting)
             if any(row.due_at is not None and row.due_at <= now for row in rows):
                 wake(alias, mailer)
@@ -271,6 +272,16 @@ def _body_digest(delivery: Delivery, encrypting: Cipher | None) -> str | None:
     return encrypting.request_digests(delivery.body_digest)[0]
 
 
+def _needs_transaction(alias: str, packed: Sequence[Packed]) -> bool:
+    """Whether storing takes more than one statement, or must not harm a transaction of the caller's if it fails.
+
+    A transaction costs PostgreSQL two round trips.
+    """
+    connection = connections[alias]
+    is_one_statement = connection.vendor == "postgresql" and len(packed) == 1 and not packed[0].bodies
+    return connection.in_atomic_block or not is_one_statement or not connection.get_autocommit()
+
+
 def _insert(
     alias: str, rows: Sequence[QueuedMessage], packed: Sequence[Packed], now: datetime, encrypting: Cipher | None
 ) -> None:
@@ -278,37 +289,36 @@ def _insert(
         insert(alias, rows[0], packed[0].payload)
     else:
         _insert_many(alias, rows)
-        contents = [MessageContent(message=row, payload=one.payload) for row, one in zip(rows, packed, strict=True)]
+        contents = [{"message_id": row.pk, "payload": one.payload} for row, one in zip(rows, packed, strict=True)]
         # A payload is JSON, whose quotation marks and backslashes MySQL's driver doubles.
         size_of = size_in_statement if connections[alias].vendor == "mysql" else len
-        sizes = [size_of(content.payload) for content in contents]
+        sizes = [size_of(one.payload) for one in packed]
         for chunk in chunks(contents, sizes, limit=_statement_limit(alias), count=INSERT_ROWS):
-            MessageContent.objects.using(alias).bulk_create(chunk)
+            insert_many(alias, MessageContent, chunk)
+    for row in rows:
+        row._state.adding, row._state.db = False, alias
     attachments = [(row.pk, one.bodies) for row, one in zip(rows, packed, strict=True) if one.bodies]
     if attachments:
         bodies.store(alias, attachments, now, encrypting)
 
 
 def _insert_many(alias: str, rows: Sequence[QueuedMessage]) -> None:
-    manager = QueuedMessage.objects.using(alias)
-    returning = connections[alias].features.can_return_rows_from_bulk_insert
     for chunk in chunks(rows, [_width(row) for row in rows], limit=_statement_limit(alias), count=INSERT_ROWS):
-        if connections[alias].vendor == "postgresql":
-            insert_by_columns(alias, chunk)
-            continue
-        if returning:
-            manager.bulk_create(chunk)
+        if tells_ids(alias):
+            for row, pk in zip(chunk, insert_many(alias, QueuedMessage, list(map(vars, chunk)), ids=True), strict=True):
+                row.pk = pk
             continue
         # MySQL does not say which ids it gave. They are found again by what the lease's column holds until the first
         # claim, among the rows that are no older than the first of them.
         marks = {random.getrandbits(62): row for row in chunk}  # a mark, not a secret
         for mark, row in marks.items():
             row.lease = mark
-        manager.bulk_create(chunk)
+        insert_many(alias, QueuedMessage, list(map(vars, chunk)))
         with connections[alias].cursor() as cursor:
             cursor.execute("SELECT LAST_INSERT_ID()")
             first = cursor.fetchone()[0]
-        for pk, lease in manager.filter(pk__gte=first, lease__in=marks).values_list("pk", "lease"):
+        found = QueuedMessage.objects.using(alias).filter(pk__gte=first, lease__in=marks)
+        for pk, lease in found.values_list("pk", "lease"):
             assert lease is not None
             marks[lease].pk = pk
 

@@ -17,8 +17,9 @@ from ..log import get_logger
 from ..models import AttachmentBody, MessageAttachment, MessageContent, QueuedMessage
 from . import bodies, retention
 from .clock import DatabaseClock, clock_of
-from .database import delete, own_transaction
+from .database import own_transaction
 from .encryption import SUBJECT, CannotDecrypt, Cipher, decrypted, is_encrypted, stored_size
+from .statements import delete
 from .states import State
 
 logger = get_logger("queue")

@@ -9,7 +9,8 @@ from django.db.models import Exists, OuterRef
 
 from ..models import AttachmentBody, Attempt, MessageAttachment, MessageContent, QueuedMessage
 from .bodies import KEPT_FOR
-from .database import delete, own_transaction
+from .database import own_transaction
+from .statements import delete
 from .states import TERMINAL, State
 
 #: Rows deleted in one transaction: long enough to be worth one, short enough for others to wait for.

@@ -76,8 +76,11 @@ class Policy:
 
         :param on_ambiguous: what the message says for itself; empty: as the mailer says.
         """
-        wanted = on_ambiguous or self.on_ambiguous
-        return wanted == OnAmbiguous.HOLD and not delivery.is_protected(self.key_window, now)
+        return self.wants_hold(on_ambiguous) and not delivery.is_protected(self.key_window, now)
+
+    def wants_hold(self, on_ambiguous: str) -> bool:
+        """Whether a row that says this waits for a person once it is ambiguous and no key protects it."""
+        return (on_ambiguous or self.on_ambiguous) == OnAmbiguous.HOLD
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ class Inbox:
         self._changed = threading.Condition()
         self._waiting: dict[str, dict[int, deque[Job]]] = {}
         self._in_flight: dict[str, int] = {}
+        self._waiting_of: Counter[str] = Counter()
+        self._all_waiting = self._all_in_flight = 0
         self._turns = itertools.count(1)
         self._last_turn: dict[str, int] = {}
         self._active_at: dict[str, float] = {}
@@ -63,6 +65,8 @@ class Inbox:
                 lanes = self._waiting.setdefault(job.mailer, {})
                 lane = lanes.setdefault(0 if job.at_once else job.priority, deque())
                 lane.append(job)
+                self._waiting_of[job.mailer] += 1
+                self._all_waiting += 1
                 self._active_at[job.mailer] = self._steady()
             self._changed.notify(len(jobs))
 
@@ -88,6 +92,7 @@ class Inbox:
         """The job is no longer under way."""
         with self._changed:
             self._in_flight[job.mailer] -= 1
+            self._all_in_flight -= 1
             self._active_at[job.mailer] = self._steady()
             # Nobody is woken: the thread that is done takes the next job itself.
 
@@ -114,36 +119,33 @@ class Inbox:
                 for priority, lane in lanes.items():
                     removed += [job for job in lane if unwanted(job)]
                     lanes[priority] = deque(job for job in lane if not unwanted(job))
+            for job in removed:
+                self._waiting_of[job.mailer] -= 1
+                self._all_waiting -= 1
         return removed
 
     def remove_of(self, mailer: str) -> list[Job]:
         """Take out what waits for a mailer that pauses, save the probe that may end the pause."""
         return self.remove(lambda job: job.mailer == mailer and job.probe is None)
 
+    # These three are asked after every send, so they take no lock: twenty threads would wait for it.
+
     def waiting(self, mailer: str | None = None) -> int:
-        with self._changed:
-            return sum(len(lane) for lane in self._lanes(mailer))
+        return self._all_waiting if mailer is None else self._waiting_of[mailer]
 
     def in_flight(self) -> int:
-        with self._changed:
-            return sum(self._in_flight.values())
+        return self._all_in_flight
 
     def is_idle(self) -> bool:
-        return not self.in_flight() and not self.waiting()
+        # In the order in which a job goes, so that one that is just being taken is not missed.
+        return not self._all_waiting and not self._all_in_flight
 
     def free(self, mailer: str) -> int:
         """How many more jobs of this mailer threads would begin at once."""
         with self._changed:
-            flying = sum(self._in_flight.values())
-            queued = sum(len(lane) for lane in self._lanes(None))
-            free = self.threads - flying - queued
-            own = self._in_flight.get(mailer, 0) + sum(len(lane) for lane in self._lanes(mailer))
+            free = self.threads - self._all_in_flight - self._all_waiting
+            own = self._in_flight.get(mailer, 0) + self._waiting_of[mailer]
             return max(0, min(free, self._share(mailer) - own))
-
-    def _lanes(self, mailer: str | None) -> Iterator[deque[Job]]:
-        for name, lanes in self._waiting.items():
-            if mailer in (None, name):
-                yield from lanes.values()
 
     def _share(self, mailer: str) -> int:
         """How many threads this mailer may take now."""
@@ -171,6 +173,9 @@ class Inbox:
                     continue
                 job = lane.popleft()
                 self._in_flight[mailer] = self._in_flight.get(mailer, 0) + 1
+                self._all_in_flight += 1
+                self._waiting_of[mailer] -= 1
+                self._all_waiting -= 1
                 self._last_turn[mailer] = next(self._turns)
                 job.began_at = now
                 return job, None

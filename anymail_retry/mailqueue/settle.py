@@ -17,8 +17,9 @@ from ..log import get_logger, reporting
 from ..models import AttachmentBody, Attempt, MessageAttachment, MessageContent, QueuedMessage
 from ..verdict import Outcome, Verdict
 from .claim import Job
-from .database import delete, errors_of, first_line, is_there, own_transaction, storable
+from .database import errors_of, first_line, is_there, own_transaction, storable
 from .schedule import Fate
+from .statements import delete, insert_many, update
 from .states import State
 
 logger = get_logger("queue")
@@ -52,6 +53,9 @@ COLUMNS = (
     "http_status",
     "answer",
 )
+
+#: What the columns of an attempt hold that nothing is said about.
+NO_ATTEMPT = {field.attname: field.get_default() for field in Attempt._meta.concrete_fields if not field.primary_key}
 
 SIGNALS = {
     State.SENT: signals.message_sent,
@@ -174,7 +178,7 @@ class Settler:
                 written += self._write_guarded(others[start : start + ROWS_IN_UPDATE], now, bare=bare)
             attempts = [] if bare else [attempt for result in results for attempt in self._attempts(result)]
             if attempts:
-                Attempt.objects.using(self.alias).bulk_create(attempts)
+                insert_many(self.alias, Attempt, attempts)
             if facts and not self.keep_content:
                 self._delete_content([result.job for result in facts])
         return written
@@ -202,15 +206,19 @@ class Settler:
 
     def _write_delivered(self, results: Sequence[Result], now: datetime) -> None:
         # Without the lease, over any state: another worker may have the row by now, and must not undo this.
-        QueuedMessage.objects.using(self.alias).filter(id__in=[result.job.id for result in results]).update(
-            state=State.SENT,
-            due_at=None,
-            lease=None,
-            ended_at=now,
-            verdict=Verdict.DELIVERED.value,
-            reason="",
-            http_status=None,
-            answer="",
+        update(
+            self.alias,
+            [result.job.id for result in results],
+            {
+                "state": State.SENT,
+                "due_at": None,
+                "lease": None,
+                "ended_at": now,
+                "verdict": Verdict.DELIVERED.value,
+                "reason": "",
+                "http_status": None,
+                "answer": "",
+            },
         )
 
     def _write_guarded(self, results: Sequence[Result], now: datetime, *, bare: bool) -> list[Result]:
@@ -250,38 +258,41 @@ class Settler:
             "answer": storable(outcome.answer, 500),
         }
 
-    def _attempts(self, result: Result) -> Iterator[Attempt]:
+    def _attempts(self, result: Result) -> Iterator[dict[str, Any]]:
+        """The rows of the history that a result makes."""
         job, outcome = result.job, result.outcome
         if job.direct is not None:
-            yield Attempt(
-                message_id=job.id,
-                number=1,
-                started_at=job.direct.at,
-                verdict=job.direct.verdict,
-                reason=job.direct.reason,
-                http_status=job.direct.http_status,
-                answer=job.direct.answer,
-            )
+            yield {
+                **NO_ATTEMPT,
+                "message_id": job.id,
+                "number": 1,
+                "started_at": job.direct.at,
+                "verdict": job.direct.verdict,
+                "reason": job.direct.reason,
+                "http_status": job.direct.http_status,
+                "answer": job.direct.answer,
+            }
         if job.recovered and job.recovered_from is not None:
-            yield Attempt(
-                message_id=job.id,
-                number=job.number - 1,
-                started_at=job.recovered_from,
-                verdict=Verdict.AMBIGUOUS.value,
-                reason="its worker died or lost it",
-            )
+            yield {
+                **NO_ATTEMPT,
+                "message_id": job.id,
+                "number": job.number - 1,
+                "started_at": job.recovered_from,
+                "verdict": Verdict.AMBIGUOUS.value,
+                "reason": "its worker died or lost it",
+            }
         if outcome is not None and result.started_at is not None:
-            yield Attempt(
-                message_id=job.id,
-                number=job.number,
-                started_at=result.started_at,
-                duration_ms=None if result.seconds is None else max(0, round(result.seconds * 1000)),
-                verdict=str(outcome.verdict or ""),
-                reason=storable(outcome.reason, 200),
-                http_status=outcome.http_status,
-                answer=storable(outcome.answer, 500),
-                worker=self.worker,
-            )
+            yield {
+                "message_id": job.id,
+                "number": job.number,
+                "started_at": result.started_at,
+                "duration_ms": None if result.seconds is None else max(0, round(result.seconds * 1000)),
+                "verdict": str(outcome.verdict or ""),
+                "reason": storable(outcome.reason, 200),
+                "http_status": outcome.http_status,
+                "answer": storable(outcome.answer, 500),
+                "worker": self.worker,
+            }
 
     def _delete_content(self, jobs: Collection[Job]) -> None:
         delete(MessageContent, self.alias, "message", [job.id for job in jobs])

@@ -136,6 +136,12 @@ class _OneRequest(HTTPAdapter):
             proxies.setdefault(proxy, self._pools.adopt(super().proxy_manager_for(proxy, **proxy_kwargs)))
         return proxies[proxy]
 
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        # Its pool is for these alone, so it is enough to look once whether the files are there.
+        if vars(conn).get("verifies_by") != (verify, cert):
+            super().cert_verify(conn, url, verify, cert)
+            conn.verifies_by = verify, cert
+
     def build_response(self, req: requests.PreparedRequest, resp: BaseHTTPResponse) -> requests.Response:
         response = super().build_response(req, self._call.readable(resp))
         response.connection = self._adapter

@@ -19,7 +19,7 @@ from .adapter import RetryAdapter
 from .breaker import Breaker, breaker
 from .clock import SYSTEM_CLOCK, Clock
 from .policy import RetryPolicy
-from .session import follow_as_post, read_cheaply
+from .session import follow_as_post, read_environment_once
 
 if TYPE_CHECKING:
     import requests
@@ -107,7 +107,7 @@ class RetryMixin(DeliveryMixin, _RequestsBase):
         session.mount("https://", adapter)
         session.mount("http://", adapter)
         follow_as_post(session)
-        read_cheaply(session)
+        read_environment_once(session)
         return session
 
     def default_deadline(self) -> float | None:

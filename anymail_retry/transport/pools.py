@@ -133,6 +133,8 @@ def _connection_class(base: type[HTTPConnection], max_idle: float) -> type[HTTPC
     class Connection(base):  # type: ignore[valid-type,misc]  # as above
         timeout: float | None
         _last_answer: float | None = None
+        #: The head of a request whose body is still to come; empty: that is next; None: there is no request.
+        _head: bytes | None = None
 
         def connect(self) -> None:
             # Whatever fails before this returns was surely not sent. urllib3 takes a dropped or stalled TLS
@@ -145,18 +147,40 @@ def _connection_class(base: type[HTTPConnection], max_idle: float) -> type[HTTPC
                 raise ConnectTimeoutError(self, f"No connection to {self.host} in time: {error}") from error
             except (OSError, HTTPException, SSLError) as error:
                 raise NewConnectionError(self, f"No connection to {self.host}: {error}") from error
-            self._begin_to_send()
+            if self._begin_to_send() and self.sock is not None:
+                self.sock.settimeout(self.timeout)
 
         def request(self, *args: Any, **kwargs: Any) -> None:
             if not self.is_closed:  # else connect() comes first, in the middle of this
                 self._begin_to_send()
-            super().request(*args, **kwargs)
+            self._head = b""
+            try:
+                super().request(*args, **kwargs)
+                head, self._head = self._head, None
+                if head:  # there was no body
+                    self.send(head)
+            finally:
+                self._head = None
 
-        def _begin_to_send(self) -> None:
-            if isinstance(self.timeout, ConnectSeconds):
-                self.timeout = self.timeout.attempt.send_timeout
-                if self.sock is not None:
-                    self.sock.settimeout(self.timeout)
+        def send(self, data: Any) -> None:
+            # http.client sends the head of a request by itself. With its body, that is one TLS record and one packet
+            # less for every message.
+            if self._head is None or not isinstance(data, bytes):
+                head, self._head = self._head, None
+                if head:
+                    super().send(head)
+                super().send(data)
+            elif not self._head:
+                self._head = data
+            else:
+                head, self._head = self._head, None
+                super().send(head + data)
+
+        def _begin_to_send(self) -> bool:
+            if not isinstance(self.timeout, ConnectSeconds):
+                return False
+            self.timeout = self.timeout.attempt.send_timeout
+            return True
 
         def getresponse(self) -> Any:
             try:

@@ -12,7 +12,7 @@ import weakref
 from functools import partial
 from typing import Any
 
-import requests
+import requests.utils
 from requests.sessions import merge_setting
 
 
@@ -29,30 +29,46 @@ def follow_as_post(session: requests.Session) -> None:
     session.get_redirect_target = get_redirect_target  # type: ignore[method-assign]  # requests' hook
 
 
-def read_cheaply(session: requests.Session) -> None:
-    """Have a session ask once per request whether the environment names proxies.
+def read_environment_once(session: requests.Session) -> None:
+    """Have a session look once for what the environment says of proxies, CA bundles and passwords (``.netrc``).
 
-    requests asks four times, and decodes every variable each time; that is a twentieth of a send, and the answer is
-    nearly always no. Where it is yes, requests does it all.
+    requests looks at every request, four times for proxies and on disk for the passwords: a tenth of a send where many
+    threads send at a time. Where proxies or a ``.netrc`` are found, requests does that part at every request as ever.
     """
-    if type(session).merge_environment_settings is not requests.Session.merge_environment_settings:
-        return
-    as_requests = _own(session, "merge_environment_settings")
-    owner = weakref.proxy(session)
+    cls, owner = type(session), weakref.proxy(session)
+    if cls.prepare_request is requests.Session.prepare_request and not has_netrc():
+        prepare = _own(session, "prepare_request")
 
-    def merge_environment_settings(url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
-        if not owner.trust_env or has_proxies():
-            return as_requests(url, proxies, stream, verify, cert)
-        if verify is True or verify is None:
-            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or verify
-        return {
-            "proxies": merge_setting(proxies, owner.proxies),
-            "stream": merge_setting(stream, owner.stream),
-            "verify": merge_setting(verify, owner.verify),
-            "cert": merge_setting(cert, owner.cert),
-        }
+        def prepare_request(request: requests.Request) -> requests.PreparedRequest:
+            trusts, owner.trust_env = owner.trust_env, False  # which here says no more than whether to look
+            try:
+                prepared: requests.PreparedRequest = prepare(request)
+                return prepared
+            finally:
+                owner.trust_env = trusts
 
-    session.merge_environment_settings = merge_environment_settings  # type: ignore[method-assign]  # as above
+        session.prepare_request = prepare_request  # type: ignore[method-assign]  # requests' hook
+    if cls.merge_environment_settings is requests.Session.merge_environment_settings and not has_proxies():
+        ca_bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+
+        def merge_environment_settings(url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+            if owner.trust_env and (verify is True or verify is None):
+                verify = ca_bundle or verify
+            return {
+                "proxies": merge_setting(proxies, owner.proxies),
+                "stream": merge_setting(stream, owner.stream),
+                "verify": merge_setting(verify, owner.verify),
+                "cert": merge_setting(cert, owner.cert),
+            }
+
+        session.merge_environment_settings = merge_environment_settings  # type: ignore[method-assign]  # as above
+
+
+def has_netrc() -> bool:
+    """Whether there is a file in which requests would look for a host's password."""
+    named = os.environ.get("NETRC")
+    paths = [named] if named is not None else [f"~/{name}" for name in requests.utils.NETRC_FILES]
+    return any(os.path.exists(os.path.expanduser(path)) for path in paths)
 
 
 def has_proxies() -> bool:

@@ -213,6 +213,20 @@ def test_one_message_is_two_inserts_and_nothing_else(origin: str) -> None:
     assert len(found) == (1 if connection.vendor == "postgresql" else 2)
 
 
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("attachments", [0, 1])
+@pytest.mark.parametrize("messages", [1, 2])
+def test_what_is_one_statement_needs_no_transaction(messages: int, attachments: int) -> None:
+    mails = [mail() for _ in range(messages)]
+    for one in mails:
+        one.attachments += [("a.bin", b"a", "application/octet-stream")] * attachments
+    clock_of("default").now()
+    with CaptureQueriesContext(connection) as found:
+        enqueue(mails, mailer=PLAIN, origin="queued")
+    one_statement = connection.vendor == "postgresql" and (messages, attachments) == (1, 0)
+    assert any(query["sql"] == "COMMIT" for query in found) is not one_statement
+
+
 def fall_back_without_reading(outcome: Outcome) -> None:
     enqueue([mail()], mailer=PLAIN, origin="fallback", delivery=Delivery(), outcome=outcome)
 
@@ -267,11 +281,13 @@ def test_row_goes_with_the_callers_transaction() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_failing_insert_leaves_the_callers_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MessageContent._meta, "db_table", "no_such_table")
+def test_failing_insert_leaves_the_callers_rows_alone() -> None:
+    def misdirect(execute: Any, sql: str, *args: Any) -> Any:
+        return execute(sql.replace(MessageContent._meta.db_table, "no_such_table"), *args)
+
     with transaction.atomic():
         Group.objects.create(name="caller's")
-        with pytest.raises(DatabaseError):
+        with connection.execute_wrapper(misdirect), pytest.raises(DatabaseError):
             queue()
         assert Group.objects.count() == 1  # the transaction still works
     assert Group.objects.count() == 1

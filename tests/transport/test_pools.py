@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import ssl
@@ -65,6 +66,37 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     time = [1000.0]
     monkeypatch.setattr(pools, "monotonic", lambda: time[0])
     return time
+
+
+# --- On the wire ---
+
+
+@pytest.mark.parametrize(
+    ("body", "framing", "end"),
+    [
+        pytest.param(b"of bytes", b"Content-Length: 8", b"\r\n\r\nof bytes", id="bytes"),
+        pytest.param("of text", b"Content-Length: 7", b"\r\n\r\nof text", id="text"),
+        pytest.param(None, b"Content-Length: 0", b"\r\n\r\n", id="none"),
+        pytest.param(io.BytesIO(b"of a file"), b"Content-Length: 9", b"\r\n\r\nof a file", id="a file"),
+        pytest.param(memoryview(b"of a view"), b"Content-Length: 9", b"\r\n\r\nof a view", id="a view"),
+        pytest.param(
+            iter([b"in", b"two"]), b"chunked", b"\r\n\r\n2\r\nin\r\n3\r\ntwo\r\n0\r\n\r\n", id="an iterator"
+        ),
+    ],
+)
+def test_whatever_is_sent_arrives_whole(esp: LocalEsp, body: Any, framing: bytes, end: bytes) -> None:
+    wire: list[bytes] = []
+
+    def answer(connection: socket.socket) -> None:
+        while not b"".join(wire).endswith(end):
+            wire.append(connection.recv(65536))
+        connection.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+
+    with serving(answer) as port, backend(esp).create_session() as session:
+        assert session.post(f"http://127.0.0.1:{port}/", data=body, timeout=30).status_code == 204
+    assert framing in b"".join(wire)
+    if isinstance(body, bytes | str):
+        assert len(wire) == 1  # in one piece: the head does not travel by itself
 
 
 # --- Kept open ---

@@ -6,17 +6,19 @@ import gc
 import itertools
 import os
 import weakref
+from base64 import b64encode
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
 
-from anymail_retry.transport.session import has_proxies, read_cheaply
+from anymail_retry.transport.session import has_netrc, has_proxies, read_environment_once
 
 from .mail import backend, send
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from anymail_retry.testing import LocalEsp
 
@@ -66,7 +68,7 @@ def test_is_merged_as_by_requests(
     for name, value in variables.items():
         environment.setenv(name, value)
     plain, cheap = requests.Session(), requests.Session()
-    read_cheaply(cheap)
+    read_environment_once(cheap)
     for trust_env, verify in itertools.product([True, False], [None, True, False, "/ca.pem"]):
         merged = []
         for session in (plain, cheap):
@@ -77,12 +79,68 @@ def test_is_merged_as_by_requests(
         assert merged[0] == merged[1], (trust_env, verify)
 
 
-def test_a_change_counts_from_the_next_request_on(environment: pytest.MonkeyPatch) -> None:
-    session = requests.Session()
-    read_cheaply(session)
-    assert session.merge_environment_settings(URL, {}, None, None, None)["proxies"] == {}
+def test_a_change_counts_from_the_next_session_on(environment: pytest.MonkeyPatch) -> None:
+    before = requests.Session()
+    read_environment_once(before)
     environment.setenv("HTTPS_PROXY", "http://proxy:1")
-    assert session.merge_environment_settings(URL, {}, None, None, None)["proxies"]["https"] == "http://proxy:1"
+    after = requests.Session()
+    read_environment_once(after)
+    assert before.merge_environment_settings(URL, {}, None, None, None)["proxies"] == {}
+    assert after.merge_environment_settings(URL, {}, None, None, None)["proxies"]["https"] == "http://proxy:1"
+
+
+@pytest.fixture
+def home(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty home directory."""
+    environment.delenv("NETRC", raising=False)
+    environment.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+PASSWORD = "machine api.example.com login me password secret"
+HEADER = "Basic " + b64encode(b"me:secret").decode()
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "trust_env", "own", "header"),
+    [
+        pytest.param(None, None, True, None, None, id="no file"),
+        pytest.param(".netrc", None, True, None, HEADER, id="a file"),
+        pytest.param("_netrc", None, True, None, HEADER, id="by its other name"),
+        pytest.param("secrets", "secrets", True, None, HEADER, id="by the variable"),
+        pytest.param(".netrc", "elsewhere", True, None, None, id="the variable hides the file"),
+        pytest.param(".netrc", None, False, None, None, id="not trusted"),
+        pytest.param(None, None, True, ("user", "own"), "Basic dXNlcjpvd24=", id="the session's own"),
+    ],
+)
+def test_passwords_are_found_as_by_requests(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str | None,
+    variable: str | None,
+    trust_env: bool,
+    own: tuple[str, str] | None,
+    header: str | None,
+) -> None:
+    if file is not None:
+        (home / file).write_text(PASSWORD)
+    if variable is not None:
+        monkeypatch.setenv("NETRC", str(home / variable))
+    plain, ours = requests.Session(), requests.Session()
+    read_environment_once(ours)
+    for session in (plain, ours):
+        session.trust_env, session.auth = trust_env, own
+        assert session.prepare_request(requests.Request("POST", URL)).headers.get("Authorization") == header
+        assert session.trust_env is trust_env
+
+
+def test_passwords_are_looked_for_once_per_session(home: Path) -> None:
+    assert not has_netrc()
+    session = requests.Session()
+    read_environment_once(session)
+    (home / ".netrc").write_text(PASSWORD)
+    assert has_netrc()
+    assert "Authorization" not in session.prepare_request(requests.Request("POST", URL)).headers
 
 
 def test_a_session_with_a_way_of_its_own_keeps_it() -> None:
@@ -90,9 +148,14 @@ def test_a_session_with_a_way_of_its_own_keeps_it() -> None:
         def merge_environment_settings(self, *args: Any) -> dict[str, Any]:
             return {"proxies": {"https": "http://own:1"}}
 
+        def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
+            assert self.trust_env
+            return super().prepare_request(request)
+
     session = Own()
-    read_cheaply(session)
+    read_environment_once(session)
     assert session.merge_environment_settings(URL, {}, None, None, None) == {"proxies": {"https": "http://own:1"}}
+    session.prepare_request(requests.Request("POST", URL))
 
 
 def test_systems_with_proxy_settings_of_their_own_are_asked(
