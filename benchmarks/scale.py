@@ -204,20 +204,38 @@ def open_snapshot() -> Iterator[None]:
     from anymail_retry.models import QueuedMessage
 
     begin = {
-        "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ",
-        "mysql": "START TRANSACTION WITH CONSISTENT SNAPSHOT",
-        "sqlite": "BEGIN DEFERRED",
+        "postgresql": ["BEGIN ISOLATION LEVEL REPEATABLE READ"],
+        # Under READ COMMITTED, which Django asks for, there would be no snapshot.
+        "mysql": ["SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "START TRANSACTION WITH CONSISTENT SNAPSHOT"],
+        "sqlite": ["BEGIN DEFERRED"],
     }
     other = connection.copy()
     try:
         with other.cursor() as cursor:
-            cursor.execute(begin[connection.vendor])
+            for statement in begin[connection.vendor]:
+                cursor.execute(statement)
             cursor.execute(f"SELECT MIN(id) FROM {QueuedMessage._meta.db_table}")
             cursor.fetchall()
             yield
             cursor.execute("ROLLBACK")
     finally:
         other.close()
+
+
+def sent_beside_a_snapshot(waiting: int, claims: int) -> list[float]:
+    """Milliseconds of each claim, where what one has claimed is sent before the next."""
+    from anymail_retry.mailqueue.clock import steady
+    from anymail_retry.mailqueue.settle import Settler
+
+    fill(waiting, shuffled=False)
+    settler = Settler("default", worker="benchmark", keep_content=False, steady=steady)
+    claimer, times = new_claimer(), []
+    with open_snapshot():
+        for _ in range(claims):
+            taken, jobs = claim(claimer)
+            times.append(taken)
+            settle(settler, claimer, jobs)
+    return times
 
 
 def settle(settler: Any, claimer: Any, jobs: list[Any]) -> None:
@@ -233,8 +251,6 @@ def settle(settler: Any, claimer: Any, jobs: list[Any]) -> None:
 
 def measure_claims(args: argparse.Namespace) -> bool:
     from anymail_retry.mailqueue.claim import mailers_with_rows
-    from anymail_retry.mailqueue.clock import steady
-    from anymail_retry.mailqueue.settle import Settler
 
     short = [taken for _ in range(4) for taken in of_a_thousand()]
     base = statistics.median(short)
@@ -253,17 +269,12 @@ def measure_claims(args: argparse.Namespace) -> bool:
     long = statistics.median(claim(claimer)[0] for _ in range(rounds))
     reached = target(f"claim of {ROWS}: {args.waiting:,} waiting / 1,000", long / base, 1.5, f"{long:.2f} ms")
     print(f"    the same, each of the {ROWS} rows on a page of its own: {worst / base:.2f}   ({worst:.2f} ms)")
-    settler = Settler("default", worker="benchmark", keep_content=False, steady=steady)
+    few = statistics.median(taken for _ in range(4) for taken in sent_beside_a_snapshot(1000, CLAIMS))
     turns = min(args.through, args.waiting // 2) // ROWS
-    with open_snapshot():
-        claimer, times = new_claimer(), []
-        for _ in range(turns):
-            taken, jobs = claim(claimer)
-            times.append(taken)
-            settle(settler, claimer, jobs)
+    times = sent_beside_a_snapshot(args.waiting, turns)
     last = statistics.median(times[-max(turns // 5, 5) :])
-    what = f"the same, {turns * ROWS:,} sent while a snapshot is open"
-    return target(what, last / base, 1.5, f"{last:.2f} ms") and reached
+    what = f"the same, after {turns * ROWS:,} were sent while a snapshot is open"
+    return target(what, last / few, 1.5, f"{last:.2f} / {few:.2f} ms") and reached
 
 
 # --- large messages ---

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from django.db import transaction
+from django.db import connections, transaction
 from django.db.models import Case, CharField, F, Q, Value, When
 from django.db.models.functions import Coalesce
 
@@ -315,12 +315,18 @@ class Claimer:
 
     def due(self, mailer: str, priority: int, now: datetime) -> Any:
         """The query that every claim begins with."""
-        due = self.rows.filter(mailer=mailer, priority=priority, due_at__lte=now)
+        due = self.rows.filter(priority=priority, due_at__lte=now)
         floor = self._floor(mailer, priority)
         if floor is not None:
             due = due.filter(due_at__gte=floor)
-        # By due_at alone: with a second column a database would sort all rows of one bulk send.
-        return due.order_by("due_at").values_list(*Candidate._fields)
+        if connections[self.alias].vendor == "mysql":
+            # By equality, once many rows are due, it would look up mailer and priority alone, and pass over every row
+            # that was ever sent.
+            due = due.filter(mailer__gte=mailer, mailer__lte=mailer).order_by("mailer", "priority", "due_at")
+        else:
+            # By due_at and nothing after it: or all rows of one bulk send would be sorted.
+            due = due.filter(mailer=mailer).order_by("due_at")
+        return due.values_list(*Candidate._fields)
 
     def _floor(self, mailer: str, priority: int) -> datetime | None:
         """Where to begin the scan: dead index entries before it (a snapshot held open elsewhere keeps them) cost

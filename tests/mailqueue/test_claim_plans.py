@@ -97,6 +97,16 @@ def test_floor_is_where_mariadb_begins_to_read(plans: Claimer) -> None:
     assert with_floor < without / 3
 
 
+def test_mariadb_keeps_to_the_range_where_nearly_all_is_due(plans: Claimer) -> None:
+    if connection.vendor != "mysql":
+        pytest.skip("a query to MariaDB")
+    now = datetime.now(timezone.utc)
+    plans.rows.filter(due_at__gt=now).update(due_at=past(60))
+    equal = plans.rows.filter(mailer=PLAIN, priority=2, due_at__lte=now).order_by("due_at")
+    assert " ref " in equal[:100].explain()  # which begins with what was sent
+    assert " range " in plans.due(PLAIN, 2, now)[:100].explain()
+
+
 def pages_read(claimer: Claimer, now: datetime) -> int:
     sql, params = claimer.due(PLAIN, 2, now)[:100].query.sql_with_params()
     with connection.cursor() as cursor:

@@ -9,8 +9,8 @@ import pytest
 from django.db import DataError, connection, transaction
 
 from anymail_retry.mailqueue.settle import NO_ATTEMPT
-from anymail_retry.mailqueue.states import State
 from anymail_retry.mailqueue.statements import delete, insert_many, update
+from anymail_retry.mailqueue.states import State
 from anymail_retry.models import Attempt, QueuedMessage
 from anymail_retry.verdict import Verdict
 

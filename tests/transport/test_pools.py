@@ -79,9 +79,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         pytest.param(None, b"Content-Length: 0", b"\r\n\r\n", id="none"),
         pytest.param(io.BytesIO(b"of a file"), b"Content-Length: 9", b"\r\n\r\nof a file", id="a file"),
         pytest.param(memoryview(b"of a view"), b"Content-Length: 9", b"\r\n\r\nof a view", id="a view"),
-        pytest.param(
-            iter([b"in", b"two"]), b"chunked", b"\r\n\r\n2\r\nin\r\n3\r\ntwo\r\n0\r\n\r\n", id="an iterator"
-        ),
+        pytest.param(iter([b"in", b"two"]), b"chunked", b"\r\n\r\n2\r\nin\r\n3\r\ntwo\r\n0\r\n\r\n", id="an iterator"),
     ],
 )
 def test_whatever_is_sent_arrives_whole(esp: LocalEsp, body: Any, framing: bytes, end: bytes) -> None:
