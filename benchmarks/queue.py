@@ -465,14 +465,11 @@ def compare_enqueues(table: Table, sites: dict[str, Remote], args: argparse.Name
 
 
 def count_statements(table: Table, site: Remote, esp: SpawnedEsp, messages: int) -> None:
-    import django
-
     esp.latency = 0.05
     print("\n  Statements, without those that begin and end transactions")
     for count, target in ((1, 2), (500, 6)):
         taken = site.do("statements", count)
-        if count == 1 or django.VERSION >= (6, 0):
-            table.row(f"enqueue, {count} in one call", len(taken), "<=", target)
+        table.row(f"enqueue, {count} in one call", len(taken), "<=", target)
     for attachments in (0, 1):
         means = site.do("statements_of_drain", messages, attachments)
         what = "with an attachment each" if attachments else "no attachments"

@@ -6,7 +6,6 @@ import logging
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-import django
 import pytest
 from django.contrib.auth.models import Group
 from django.core.mail import EmailMessage
@@ -28,7 +27,6 @@ from anymail_retry.verdict import Outcome, Verdict
 from .engine import AMBIGUOUS, KEYED, PLAIN, REFUSED, Script, in_threads, mail, queue, statements
 
 if TYPE_CHECKING:
-    from pytest_django import DjangoAssertNumQueries
     from pytest_django.fixtures import SettingsWrapper
 
 NOON = datetime(2040, 1, 1, 12, 0, tzinfo=timezone.utc)
@@ -232,13 +230,12 @@ def fall_back_without_reading(outcome: Outcome) -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_500_messages_are_few_statements(django_assert_max_num_queries: DjangoAssertNumQueries) -> None:
+def test_500_messages_are_few_statements() -> None:
     clock_of("default").now()
     messages = [mail(f"Subject {number}") for number in range(500)]
-    # Before Django 6 its SQLite back end puts at most 999 parameters into a statement.
-    few = 6 if django.VERSION >= (6, 0) or connection.vendor != "sqlite" else 40
-    with django_assert_max_num_queries(few):  # BEGIN and COMMIT included
+    with statements() as found:
         rows = enqueue(messages, mailer=PLAIN, origin="queued")
+    assert len(found) <= 6  # 2, or more where the database takes few parameters: SQLite, before Django 6
     assert len({row.pk for row in rows}) == 500
     assert QueuedMessage.objects.filter(content__isnull=False).count() == 500
 
