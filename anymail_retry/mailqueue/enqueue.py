@@ -21,7 +21,7 @@ from ..models import MessageContent, QueuedMessage
 from ..verdict import Outcome
 from . import bodies, mailers, schedule
 from .clock import MARGIN, clock_of
-from .database import chunks, max_packet, queue_database, size_in_statement, storable
+from .database import chunks, disconnect, errors_of, max_packet, queue_database, size_in_statement, storable
 from .encryption import SUBJECT, Cipher, cipher, stored_size
 from .schedule import Policy
 from .serialization import Packed, pack
@@ -112,6 +112,12 @@ def enqueue(
             if any(row.due_at is not None and row.due_at <= now for row in rows):
                 wake(alias, mailer)
             transaction.on_commit(partial(_announce, rows, outcome), using=alias, robust=True)
+    except errors_of(alias):
+        # What atomic() does where there is one: a connection that broke is dropped, for the next statement to open
+        # another.
+        if not inside and connection.autocommit and connection.connection is not None and not connection.is_usable():
+            disconnect(alias)
+        raise
     finally:
         # connection.autocommit and not get_autocommit(), which would connect.
         if close_connection and opens_it and not connection.in_atomic_block and connection.autocommit:

@@ -119,8 +119,8 @@ def _rewrite(alias: str, message: int, cipher: Cipher, clock: DatabaseClock) -> 
         contents.update(payload=payload)
         row.update(size=stored_size(payload, plain, cipher))
         if attached:
-            delete(MessageAttachment, alias, "message", [message])
+            delete(alias, MessageAttachment, "message", [message])
             private = [body for body, digest, _ in attached if digest is None]
-            delete(AttachmentBody, alias, "id", private, null="digest")
+            delete(alias, AttachmentBody, "id", private, null="digest")
             bodies.store(alias, [(message, plain)], now, cipher)
     return Storage.ENCRYPTED

@@ -59,11 +59,11 @@ def _delete(alias: str, ids: Collection[int], states: Collection[State], before:
         doomed = list(QueuedMessage.objects.using(alias).filter(id__in=ids, lease=-1).values_list("id", flat=True))
         links = MessageAttachment.objects.using(alias).filter(message__in=doomed)
         bodies = list(links.values_list("body_id", flat=True))
-        delete(MessageAttachment, alias, "message", doomed)
-        delete(AttachmentBody, alias, "id", bodies, null="digest")
-        delete(MessageContent, alias, "message", doomed)
-        delete(Attempt, alias, "message", doomed)
-        delete(QueuedMessage, alias, "id", doomed)
+        delete(alias, MessageAttachment, "message", doomed)
+        delete(alias, AttachmentBody, "id", bodies, null="digest")
+        delete(alias, MessageContent, "message", doomed)
+        delete(alias, Attempt, "message", doomed)
+        delete(alias, QueuedMessage, "id", doomed)
     return len(doomed)
 
 
@@ -76,7 +76,7 @@ def delete_unlinked_bodies(alias: str, now: datetime, *, limit: int = BATCH) -> 
     if not ids:
         return 0
     with own_transaction(alias):
-        return delete(AttachmentBody, alias, "id", ids)
+        return delete(alias, AttachmentBody, "id", ids)
 
 
 def delete_orphaned_attempts(alias: str, *, limit: int = BATCH) -> int:
@@ -87,4 +87,4 @@ def delete_orphaned_attempts(alias: str, *, limit: int = BATCH) -> int:
     if not ids:
         return 0
     with own_transaction(alias):
-        return delete(Attempt, alias, "id", ids)
+        return delete(alias, Attempt, "id", ids)

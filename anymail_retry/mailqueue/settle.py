@@ -295,13 +295,13 @@ class Settler:
             }
 
     def _delete_content(self, jobs: Collection[Job]) -> None:
-        delete(MessageContent, self.alias, "message", [job.id for job in jobs])
+        delete(self.alias, MessageContent, "message", [job.id for job in jobs])
         attached = [job for job in jobs if job.attachments]
         if not attached:
             return
-        delete(MessageAttachment, self.alias, "message", [job.id for job in attached])
+        delete(self.alias, MessageAttachment, "message", [job.id for job in attached])
         delete(
-            AttachmentBody, self.alias, "id", [body for job in attached for body in job.private_bodies], null="digest"
+            self.alias, AttachmentBody, "id", [body for job in attached for body in job.private_bodies], null="digest"
         )
 
 

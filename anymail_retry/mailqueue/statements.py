@@ -31,10 +31,14 @@ def insert(alias: str, row: QueuedMessage, payload: str) -> None:
             both = f"WITH message AS ({into_messages} RETURNING id) {into_content} SELECT id, %s FROM message"
             cursor.execute(f"{both} RETURNING message_id", [*values, payload])
             row.pk = cursor.fetchone()[0]
+            return
+        if connection.features.can_return_columns_from_insert:
+            cursor.execute(f"{into_messages} RETURNING id", values)
+            row.pk = cursor.fetchone()[0]
         else:
             cursor.execute(into_messages, values)
             row.pk = connection.ops.last_insert_id(cursor, QueuedMessage._meta.db_table, "id")
-            cursor.execute(f"{into_content} VALUES (%s, %s)", [row.pk, payload])
+        cursor.execute(f"{into_content} VALUES (%s, %s)", [row.pk, payload])
 
 
 def insert_many(alias: str, model: type[Model], rows: Sequence[Mapping[str, Any]], *, ids: bool = False) -> list[int]:
@@ -74,8 +78,8 @@ def insert_many(alias: str, model: type[Model], rows: Sequence[Mapping[str, Any]
                 continue
             columns = ", ".join([*["%s"] * len(common), *(f"column{place + 1}" for place in range(len(varying)))])
             cursor.execute(f"{into} SELECT {columns} FROM (VALUES {lists})", parameters)
-            # Nobody else writes meanwhile, so the ids are consecutive; before 3.35 SQLite has no RETURNING.
-            given += range(cursor.lastrowid - len(chunk) + 1, cursor.lastrowid + 1)
+            if ids:  # consecutive, because nobody else writes meanwhile; before 3.35 SQLite has no RETURNING
+                given += range(cursor.lastrowid - len(chunk) + 1, cursor.lastrowid + 1)
     return given
 
 
@@ -97,7 +101,7 @@ def update(alias: str, ids: Collection[int], values: Mapping[str, Any]) -> None:
         cursor.execute(f"UPDATE {table} SET {assigned} WHERE id IN ({_places(ids)})", [*prepared, *ids])
 
 
-def delete(model: type[Model], alias: str, column: str, values: Collection[int], *, null: str | None = None) -> int:
+def delete(alias: str, model: type[Model], column: str, values: Collection[int], *, null: str | None = None) -> int:
     """DELETE the rows that have one of these values, in one statement, without loading rows or looking for what
     refers to them.
 
@@ -130,7 +134,7 @@ def _fields(model: type[Model]) -> list[Field[Any, Any]]:
 
 
 def _prepared(field: Field[Any, Any], value: Any, connection: BaseDatabaseWrapper) -> Any:
-    """A value as the database's driver takes it. Texts are so already."""
+    """A value as the database's driver takes it. Texts of text columns, the only texts here, are so already."""
     return value if value is None or type(value) is str else field.get_db_prep_save(value, connection)
 
 

@@ -136,9 +136,15 @@ class _OneRequest(HTTPAdapter):
             proxies.setdefault(proxy, self._pools.adopt(super().proxy_manager_for(proxy, **proxy_kwargs)))
         return proxies[proxy]
 
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
+    ) -> Any:
+        # Of what is false requests has a pool of their own for False alone.
+        return super().build_connection_pool_key_attributes(request, verify or False, cert)
+
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        # Its pool is for these alone, so it is enough to look once whether the files are there.
-        if vars(conn).get("verifies_by") != (verify, cert):
+        # The pool is for these alone, so it is enough to look once whether the files are there.
+        if getattr(conn, "verifies_by", None) != (verify, cert):
             super().cert_verify(conn, url, verify, cert)
             conn.verifies_by = verify, cert
 

@@ -38,6 +38,9 @@ MAX_SOCKETS = 64
 #: Hosts whose pools are kept; beyond them the one that was not used for longest is dropped.
 MAX_HOSTS = 32
 
+#: Bytes of the largest body that travels with the head of its request: a larger one would be copied for nothing.
+LARGEST_JOINED = 64 * 1024
+
 
 @dataclass
 class Pools:
@@ -165,7 +168,7 @@ def _connection_class(base: type[HTTPConnection], max_idle: float) -> type[HTTPC
         def send(self, data: Any) -> None:
             # http.client sends the head of a request by itself. With its body, that is one TLS record and one packet
             # less for every message.
-            if self._head is None or not isinstance(data, bytes):
+            if self._head is None or not isinstance(data, bytes) or len(data) > LARGEST_JOINED:
                 head, self._head = self._head, None
                 if head:
                     super().send(head)

@@ -37,17 +37,7 @@ def read_environment_once(session: requests.Session) -> None:
     """
     cls, owner = type(session), weakref.proxy(session)
     if cls.prepare_request is requests.Session.prepare_request and not has_netrc():
-        prepare = _own(session, "prepare_request")
-
-        def prepare_request(request: requests.Request) -> requests.PreparedRequest:
-            trusts, owner.trust_env = owner.trust_env, False  # which here says no more than whether to look
-            try:
-                prepared: requests.PreparedRequest = prepare(request)
-                return prepared
-            finally:
-                owner.trust_env = trusts
-
-        session.prepare_request = prepare_request  # type: ignore[method-assign]  # requests' hook
+        session.prepare_request = partial(cls.prepare_request, _WithoutNetrc(owner))  # type: ignore[method-assign,arg-type]  # requests' hook; as good as a session
     if cls.merge_environment_settings is requests.Session.merge_environment_settings and not has_proxies():
         ca_bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
 
@@ -62,6 +52,18 @@ def read_environment_once(session: requests.Session) -> None:
             }
 
         session.merge_environment_settings = merge_environment_settings  # type: ignore[method-assign]  # as above
+
+
+class _WithoutNetrc:
+    """A session that has no netrc file to look into. Preparing a request needs to know of the environment only that."""
+
+    trust_env = False
+
+    def __init__(self, session: requests.Session) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
 def has_netrc() -> bool:

@@ -16,6 +16,7 @@ import pytest
 from anymail.exceptions import AnymailRequestsAPIError
 from django.db import connection, connections
 
+from anymail_retry.mailqueue.database import errors_of
 from anymail_retry.mailqueue.watchdog import EX_TEMPFAIL
 from anymail_retry.models import QueuedMessage
 from anymail_retry.testing import LocalEsp, Rule, Status
@@ -52,6 +53,25 @@ def server() -> tuple[str, int]:
         pytest.skip(f"{connection.vendor} has no server")
     settings = connection.settings_dict
     return settings["HOST"], int(settings["PORT"])
+
+
+# --- a connection that broke ---
+
+
+@pytest.mark.parametrize("messages", [1, 2])
+def test_after_a_connection_broke_the_next_message_is_stored(server: tuple[str, int], messages: int) -> None:
+    queue("before")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()" if connection.vendor == "postgresql" else "SELECT CONNECTION_ID()")
+        (process,) = cursor.fetchone()
+    other = connection.copy()
+    with contextlib.closing(other), other.cursor() as cursor:
+        statement = "SELECT pg_terminate_backend(%s)" if connection.vendor == "postgresql" else "KILL %s"
+        cursor.execute(statement, [process])
+    with pytest.raises(errors_of("default")):
+        queue(*["lost, and said so"] * messages)
+    queue("after")
+    assert list(QueuedMessage.objects.order_by("id").values_list("subject", flat=True)) == ["before", "after"]
 
 
 # --- a database that hangs ---

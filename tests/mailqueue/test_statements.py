@@ -105,6 +105,6 @@ def test_an_update_is_of_the_rows_that_it_names() -> None:
 def test_rows_are_deleted_by_their_values(values: list[int], null: str | None, left: str, reason: str) -> None:
     rows = [attempt(message_id=1, reason="a"), attempt(message_id=2, reason="b")]
     insert_many("default", Attempt, [*rows, attempt(message_id=3, reason="c", http_status=200)])
-    deleted = delete(Attempt, "default", "message", values, null=null)
+    deleted = delete("default", Attempt, "message", values, null=null)
     assert "".join(Attempt.objects.order_by("id").values_list("reason", flat=True)) == left, reason
     assert deleted == 3 - len(left), reason

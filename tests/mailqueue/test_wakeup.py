@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from django.db import connection, connections, transaction
+from django.test import TestCase
 
 from anymail_retry.mailqueue import operations, wakeup
 from anymail_retry.mailqueue.enqueue import enqueue
@@ -17,7 +18,7 @@ from anymail_retry.mailqueue.states import State
 from anymail_retry.mailqueue.worker import Worker
 from anymail_retry.models import QueuedMessage
 
-from .engine import OTHER, PATIENCE, PLAIN, REFUSED, Script, change, future, in_threads, mail, past, queue
+from .engine import OTHER, PATIENCE, PLAIN, REFUSED, Script, change, future, in_threads, mail, past, queue, statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,6 +120,24 @@ def only_what_is_undone() -> None:
         with undone():
             queue()
         QueuedMessage.objects.count()
+
+
+def synchronous_commit() -> str:
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW synchronous_commit")
+        return str(cursor.fetchone()[0])
+
+
+def test_only_the_notification_is_not_waited_for_to_be_on_disk(heard: Callable[[], list[str]]) -> None:
+    with statements() as found:
+        queue()
+    (notification,) = [sql for sql in found if "pg_notify" in sql]
+    assert "'synchronous_commit', 'off'" in notification
+    assert synchronous_commit() == "on"
+    with transaction.atomic(), TestCase.captureOnCommitCallbacks(execute=True):
+        queue()
+        assert synchronous_commit() == "on"
+    assert heard() == [PLAIN, PLAIN]
 
 
 @pytest.mark.parametrize(

@@ -74,15 +74,18 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     ("body", "framing", "end"),
     [
-        pytest.param(b"of bytes", b"Content-Length: 8", b"\r\n\r\nof bytes", id="bytes"),
-        pytest.param("of text", b"Content-Length: 7", b"\r\n\r\nof text", id="text"),
-        pytest.param(None, b"Content-Length: 0", b"\r\n\r\n", id="none"),
-        pytest.param(io.BytesIO(b"of a file"), b"Content-Length: 9", b"\r\n\r\nof a file", id="a file"),
-        pytest.param(memoryview(b"of a view"), b"Content-Length: 9", b"\r\n\r\nof a view", id="a view"),
-        pytest.param(iter([b"in", b"two"]), b"chunked", b"\r\n\r\n2\r\nin\r\n3\r\ntwo\r\n0\r\n\r\n", id="an iterator"),
+        pytest.param(lambda: b"of bytes", b"Content-Length: 8", b"\r\n\r\nof bytes", id="bytes"),
+        pytest.param(lambda: "of text", b"Content-Length: 7", b"\r\n\r\nof text", id="text"),
+        pytest.param(lambda: b"." * 100_000, b"Content-Length: 100000", b"\r\n\r\n" + b"." * 100_000, id="many bytes"),
+        pytest.param(lambda: None, b"Content-Length: 0", b"\r\n\r\n", id="none"),
+        pytest.param(lambda: io.BytesIO(b"of a file"), b"Content-Length: 9", b"\r\n\r\nof a file", id="a file"),
+        pytest.param(lambda: memoryview(b"of a view"), b"Content-Length: 9", b"\r\n\r\nof a view", id="a view"),
+        pytest.param(
+            lambda: iter([b"in", b"two"]), b"chunked", b"\r\n\r\n2\r\nin\r\n3\r\ntwo\r\n0\r\n\r\n", id="an iterator"
+        ),
     ],
 )
-def test_whatever_is_sent_arrives_whole(esp: LocalEsp, body: Any, framing: bytes, end: bytes) -> None:
+def test_whatever_is_sent_arrives_whole(esp: LocalEsp, body: Callable[[], Any], framing: bytes, end: bytes) -> None:
     wire: list[bytes] = []
 
     def answer(connection: socket.socket) -> None:
@@ -91,9 +94,9 @@ def test_whatever_is_sent_arrives_whole(esp: LocalEsp, body: Any, framing: bytes
         connection.sendall(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
 
     with serving(answer) as port, backend(esp).create_session() as session:
-        assert session.post(f"http://127.0.0.1:{port}/", data=body, timeout=30).status_code == 204
+        assert session.post(f"http://127.0.0.1:{port}/", data=body(), timeout=30).status_code == 204
     assert framing in b"".join(wire)
-    if isinstance(body, bytes | str):
+    if framing in (b"Content-Length: 8", b"Content-Length: 7"):
         assert len(wire) == 1  # in one piece: the head does not travel by itself
 
 
@@ -331,16 +334,23 @@ def test_a_socket_that_gets_free_is_used(esp: LocalEsp, one_socket: dict[str, An
 class Lax(Retrying):
     """Takes any certificate."""
 
+    verify: Any = False
+
     def create_session(self) -> requests.Session:
         session = super().create_session()
-        session.verify = False
+        session.verify = self.verify
         return session
 
 
 @pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
-def test_a_lax_mailer_does_not_make_a_strict_one_lax(esp: LocalEsp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one pool for both, as before requests 2.32.4, the strict one would send over the lax one's connection."""
+@pytest.mark.parametrize("verify", [False, None, 0, ""])
+def test_a_lax_mailer_does_not_make_a_strict_one_lax(
+    esp: LocalEsp, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    """By one pool for both, as before requests 2.32.4, and for None in any, the strict one would send over the lax
+    one's connection."""
     monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    monkeypatch.setattr(Lax, "verify", verify)
     send(Lax(**esp.options()))
     assert network_error(backend(esp)) is exceptions.SSLError
     send(Lax(**esp.options()))

@@ -134,6 +134,18 @@ def test_passwords_are_found_as_by_requests(
         assert session.trust_env is trust_env
 
 
+def test_threads_that_share_a_session_do_not_disturb_one_another(home: Path) -> None:
+    session, seen = requests.Session(), []
+    read_environment_once(session)
+
+    def look(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        seen.append(session.trust_env)  # as another thread would find it, in the middle of this one's request
+        return request
+
+    session.prepare_request(requests.Request("POST", URL, auth=look))
+    assert seen == [True]
+
+
 def test_passwords_are_looked_for_once_per_session(home: Path) -> None:
     assert not has_netrc()
     session = requests.Session()
