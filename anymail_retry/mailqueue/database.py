@@ -69,13 +69,18 @@ def disconnect(alias: str) -> None:
         pass  # MySQL's driver complains if there was nothing left to close; Django forgets the connection all the same
 
 
+def drop_if_broken(alias: str) -> None:
+    """Close a connection that does not work any more, so that the next statement opens another."""
+    connection = connections[alias]
+    if connection.connection is not None and not connection.is_usable():
+        disconnect(alias)
+
+
 def is_there(alias: str) -> bool:
     """Whether the database answers, if need be over a new connection: so it was the statement that failed."""
-    connection = connections[alias]
     try:
-        if connection.connection is not None and not connection.is_usable():
-            disconnect(alias)
-        connection.ensure_connection()
+        drop_if_broken(alias)
+        connections[alias].ensure_connection()
     except errors_of(alias):
         return False
     return True

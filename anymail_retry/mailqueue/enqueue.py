@@ -21,7 +21,7 @@ from ..models import MessageContent, QueuedMessage
 from ..verdict import Outcome
 from . import bodies, mailers, schedule
 from .clock import MARGIN, clock_of
-from .database import chunks, disconnect, errors_of, max_packet, queue_database, size_in_statement, storable
+from .database import chunks, drop_if_broken, errors_of, max_packet, queue_database, size_in_statement, storable
 from .encryption import SUBJECT, Cipher, cipher, stored_size
 from .schedule import Policy
 from .serialization import Packed, pack
@@ -113,10 +113,8 @@ def enqueue(
                 wake(alias, mailer)
             transaction.on_commit(partial(_announce, rows, outcome), using=alias, robust=True)
     except errors_of(alias):
-        # What atomic() does where there is one: a connection that broke is dropped, for the next statement to open
-        # another.
-        if not inside and connection.autocommit and connection.connection is not None and not connection.is_usable():
-            disconnect(alias)
+        if not inside and connection.autocommit:
+            drop_if_broken(alias)  # as atomic() does, where there is one
         raise
     finally:
         # connection.autocommit and not get_autocommit(), which would connect.

@@ -168,16 +168,15 @@ def _connection_class(base: type[HTTPConnection], max_idle: float) -> type[HTTPC
         def send(self, data: Any) -> None:
             # http.client sends the head of a request by itself. With its body, that is one TLS record and one packet
             # less for every message.
-            if self._head is None or not isinstance(data, bytes) or len(data) > LARGEST_JOINED:
-                head, self._head = self._head, None
-                if head:
-                    super().send(head)
-                super().send(data)
-            elif not self._head:
+            if self._head == b"":
                 self._head = data
-            else:
-                head, self._head = self._head, None
-                super().send(head + data)
+                return
+            head, self._head = self._head or b"", None
+            if isinstance(data, bytes) and len(data) <= LARGEST_JOINED:
+                data = head + data
+            elif head:
+                super().send(head)
+            super().send(data)
 
         def _begin_to_send(self) -> bool:
             if not isinstance(self.timeout, ConnectSeconds):

@@ -35,10 +35,10 @@ def read_environment_once(session: requests.Session) -> None:
     requests looks at every request, four times for proxies and on disk for the passwords: a tenth of a send where many
     threads send at a time. Where proxies or a ``.netrc`` are found, requests does that part at every request as ever.
     """
-    cls, owner = type(session), weakref.proxy(session)
-    if cls.prepare_request is requests.Session.prepare_request and not has_netrc():
-        session.prepare_request = partial(cls.prepare_request, _WithoutNetrc(owner))  # type: ignore[method-assign,arg-type]  # requests' hook; as good as a session
-    if cls.merge_environment_settings is requests.Session.merge_environment_settings and not has_proxies():
+    owner = weakref.proxy(session)
+    if _is_requests_own(session, "prepare_request") and not has_netrc():
+        session.prepare_request = partial(requests.Session.prepare_request, _WithoutNetrc(owner))  # type: ignore[method-assign,arg-type]  # requests' hook; as good as a session
+    if _is_requests_own(session, "merge_environment_settings") and not has_proxies():
         ca_bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
 
         def merge_environment_settings(url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
@@ -78,6 +78,11 @@ def has_proxies() -> bool:
     if urllib.request.getproxies is not urllib.request.getproxies_environment:
         return True  # macOS and Windows have settings of their own for that
     return b"_proxy" in b" ".join(os.environb).lower()
+
+
+def _is_requests_own(session: requests.Session, name: str) -> bool:
+    """Whether neither a subclass nor anybody else has put something in the place of a method of requests'."""
+    return getattr(getattr(session, name), "__func__", None) is getattr(requests.Session, name)
 
 
 def _own(session: requests.Session, name: str) -> Any:

@@ -170,6 +170,14 @@ def test_a_session_with_a_way_of_its_own_keeps_it() -> None:
     session.prepare_request(requests.Request("POST", URL))
 
 
+def test_what_somebody_hung_on_a_session_stays() -> None:
+    session = requests.Session()
+    own: dict[str, Any] = {"prepare_request": lambda request: None, "merge_environment_settings": lambda *args: {}}
+    vars(session).update(own)
+    read_environment_once(session)
+    assert {name: vars(session)[name] for name in own} == own
+
+
 def test_systems_with_proxy_settings_of_their_own_are_asked(
     environment: pytest.MonkeyPatch,
 ) -> None:
