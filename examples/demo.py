@@ -72,7 +72,7 @@ def environment() -> str:
             print(f"\n{output.read().decode(errors='replace')}")
             sys.exit("pip could not install what the demo needs; its own words stand above.")
     stamp.write_text(made_of, encoding="utf-8")
-    print(f" {time.monotonic() - began:.0f} s\n")
+    print(f" {time.monotonic() - began:.0f} s\n", flush=True)
     return str(python)
 
 
